@@ -1,0 +1,54 @@
+# Two commands: `make reproduce` and `make test`. `make help` lists the rest.
+PROFILE ?= quick
+PYTHON ?= python3
+ONLY ?=
+SEEDS ?=
+bin := .venv/bin
+ready := .venv/.ready
+options = --profile $(PROFILE) $(if $(ONLY),--only $(ONLY)) $(if $(SEEDS),--seeds $(SEEDS))
+
+.PHONY: help env reproduce test test-slow lab docs notebooks sync check-results bench clean
+
+help:            ## this list
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 18
+
+env: $(ready)    ## make .venv from constraints.txt
+
+$(ready): constraints.txt settings.ini setup.py
+	@echo "Setting up .venv with $$($(PYTHON) --version); the first time downloads about 3 GB and takes some minutes."
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 10) <= v <= (3, 13) and "act needs Python 3.10 to 3.13; choose one with make PYTHON=python3.12")'
+	@test -x $(bin)/python || $(PYTHON) -m venv .venv
+	$(bin)/python -m pip install -c constraints.txt setuptools wheel
+	$(bin)/python -m pip install -c constraints.txt --no-build-isolation -e ".[dev,docs,hf,adapters]"
+	@touch $@
+
+reproduce: $(ready)  ## run the paper notebooks: PROFILE=quick|small|full ONLY=table_2 SEEDS=3
+	@$(bin)/act reproduce $(options)
+
+test: $(ready)   ## everything CI proves, under 15 minutes on two cores
+	@OMP_NUM_THREADS=1 $(bin)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+test-slow: $(ready)  ## the long faults and parities
+	@$(bin)/python -m pytest -m slow
+
+lab: $(ready)    ## open the notebooks in JupyterLab
+	@$(bin)/jupyter lab nbs
+
+docs: $(ready)   ## build the site into docs/_build/html
+	@$(bin)/python docs/build.py
+
+notebooks: $(ready)  ## execute nbs/api in place, keeping outputs
+	@$(bin)/python docs/run_notebooks.py
+
+sync: $(ready)   ## regenerate act/ and README.md from the notebooks
+	@find act -name '*.py' ! -name '__init__.py' -delete
+	@$(bin)/nbdev_export && $(bin)/nbdev_clean && $(bin)/python docs/readme.py
+
+check-results: $(ready)  ## derive the committed tables again from their run records
+	@$(bin)/act check-results results/small
+
+bench: $(ready)  ## every benchmark, each against its peer
+	@for b in benchmarks/[a-z]*.py; do $(bin)/python $$b; done
+
+clean:           ## forget the environment and what was built
+	rm -rf .venv docs/_build _proc

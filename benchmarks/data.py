@@ -1,0 +1,79 @@
+"""How fast a task is decoded into the waveform cache, and read back, against a plain loop over its files.
+
+    python benchmarks/data.py [--task asc40-mini] [--rate 8000] [--clips N] [--workers 2] [--repeats 3] [--json FILE]
+
+The peer is what one would write without this library: soundfile.read, then torchaudio.functional.resample, clip by clip. The repeats
+of ours and the peer alternate and the best of each counts, so that other work on the machine touches both alike.
+"""
+import argparse
+import json
+import os
+import shutil
+import tempfile
+import time
+
+import soundfile as sf
+import torch
+import torchaudio
+
+from act.audio import WaveCache
+from act.tasks import load_task
+
+
+def timed(work):
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def plain_loop(clips, rate):
+    for c in clips:
+        x, native = sf.read(c.path, dtype="float32", always_2d=True)
+        torchaudio.functional.resample(torch.from_numpy(x.mean(1)), native, rate)
+
+
+def build(clips, rate, workers, folder):
+    """Decode, resample and write the cache from nothing."""
+    shutil.rmtree(folder, ignore_errors=True)
+    os.environ["ACT_CACHE"] = folder
+    return WaveCache.open(clips, rate, "0" * 64, workers=workers, progress=False)
+
+
+def read_back(cache):
+    for i in range(len(cache)): cache[i]
+
+
+def measure(task, rate, n, workers, repeats):
+    """Seconds for all clips: (ours, peer) to decode, (ours, peer) to read."""
+    clips, original = load_task(task).clips[:n], os.environ.get("ACT_CACHE")
+    folder = tempfile.mkdtemp()
+    plain_loop(clips[:64], rate); build(clips[:64], rate, workers, folder)          # warm up: files, filters, threads
+    ours, peer, reading = [], [], []
+    for _ in range(repeats):
+        peer.append(timed(lambda: plain_loop(clips, rate)))
+        ours.append(timed(lambda: build(clips, rate, workers, folder)))
+        cache = WaveCache.open(clips, rate, "0" * 64, progress=False)
+        reading.append(timed(lambda: read_back(cache)))
+    shutil.rmtree(folder)
+    if original is None: os.environ.pop("ACT_CACHE")
+    else: os.environ["ACT_CACHE"] = original
+    return len(clips), min(ours), min(peer), min(reading)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--task", default="asc40-mini"); p.add_argument("--rate", type=int, default=8000, help="Hz; other than the recordings', so that there is something to resample")
+    p.add_argument("--clips", type=int); p.add_argument("--workers", type=int, default=2); p.add_argument("--repeats", type=int, default=3); p.add_argument("--json")
+    a = p.parse_args()
+    torch.set_num_threads(1)   # the peer's short convolutions are fastest so; ours runs its own threads
+    n, ours, peer, reading = measure(a.task, a.rate, a.clips, a.workers, a.repeats)
+    common = dict(device=f"cpu, {a.workers} threads", peer_name="soundfile + torchaudio.functional.resample, one clip after the other",
+                  unit="clips/s", higher_is_better=True, clips=n, rate=a.rate)
+    records = [dict(name=f"{what}/{a.task}", ours=n / t, peer=n / peer, ratio=peer / t, **common) for what, t in (("decode", ours), ("cache-read", reading))]
+    print(f"{'':24}{'ours':>12}{'peer':>12}{'ratio':>9}   ({n} clips at {a.rate} Hz, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores)")
+    for r in records: print(f"{r['name']:24}{r['ours']:>10.0f}/s{r['peer']:>10.0f}/s{r['ratio']:>9.1f}")
+    if a.json:
+        with open(a.json, "w") as f: json.dump(records, f, indent=1)
+
+
+if __name__ == "__main__": main()

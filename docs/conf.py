@@ -1,0 +1,48 @@
+"""Sphinx: notebooks through myst-nb, docstrings through numpydoc; nothing is executed and no other host is asked."""
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+from pages import REPO, settings                                           # noqa: E402
+
+_settings = settings()
+project, author, release, copyright = (_settings[k] for k in ("lib_name", "author", "version", "copyright"))
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "sphinx.ext.mathjax", "numpydoc", "sphinx_copybutton"]
+default_role = "py:obj"                                                    # `name` in a docstring is a link where it can be one
+exclude_patterns = ["**.ipynb_checkpoints"]
+
+nb_execution_mode = "off"
+nb_code_prompt_show = "Show the {type}"
+nb_code_prompt_hide = "Hide the {type}"
+nb_ipywidgets_js = {}                                                      # else a script of another host on every page with a widget
+nb_merge_streams = True
+nb_render_markdown_format = "gfm"                                          # outputs of type Markdown may hold tables
+myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist", "attrs_inline"]
+myst_heading_anchors = 4
+
+numpydoc_show_class_members = False
+autodoc_typehints = "none"
+autodoc_member_order = "bysource"
+
+# MathJax 3 in one file without fonts, from a wheel: the formulas need no other host.
+_mathjax = Path(find_spec("mathjax").origin).parent / "static" / "mathjax" / "es5" / "tex-svg-full.js"
+mathjax_path = _mathjax.name
+
+if (REPO / "references.bib").exists():
+    extensions.append("sphinxcontrib.bibtex")
+    bibtex_bibfiles = [str(REPO / "references.bib")]
+
+html_theme = "furo"
+html_title = f"{project} {release}"
+html_static_path = ["_static", str(_mathjax)]
+html_css_files = ["site.css"]
+html_favicon = "_static/icon.svg"
+html_show_sphinx = False
+copybutton_exclude = ".linenos, .gp, .go"
+html_theme_options = dict(source_repository=_settings["git_url"], source_branch=_settings["branch"], source_directory="nbs/", top_of_page_buttons=["view"])
+
+
+def setup(app):
+    """Leave out the methods that scikit-learn generates on its estimators."""
+    app.connect("autodoc-skip-member", lambda app, what, name, member, skip, options: skip or (name.startswith("set_") and name.endswith("_request")) or None)

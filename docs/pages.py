@@ -1,0 +1,235 @@
+"""Notebooks as Sphinx pages: what nbdev asks of authors, in terms that readers and myst-nb know. Nothing is executed."""
+import ast
+import posixpath
+import re
+import runpy
+import shutil
+from configparser import ConfigParser
+from pathlib import Path
+
+import nbformat
+from nbformat.v4 import new_markdown_cell
+
+REPO = Path(__file__).parents[1]
+NBS, RESULTS = REPO / "nbs", REPO / "results"
+GUIDES = "first_steps your_own_audio multi_label probe_embeddings add_a_backbone scale_out read_the_geometry".split()
+SHOWN_PROFILES = "small", "gpu"                                                     # whose results are committed
+DIRECTIVE = re.compile(r"^\s*#\s*\|\s*([\w-]+):?[ \t]*(.*)\n?", re.M)
+TABLE = re.compile(r"<!-- table: (\S+) -->")
+FENCE = re.compile(r"(^```.*?^```[ \t]*$)", re.M | re.S)
+INLINE_CODE = re.compile(r"(?<![\[`{}\w])`([A-Za-z_][\w.]*)(?:\(\))?`(?![`\]])")
+LINK = re.compile(r"(\]\()(?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
+
+
+def settings():
+    """The project's settings.ini."""
+    config = ConfigParser(delimiters=["="])
+    config.read(REPO / "settings.ini", encoding="utf-8")
+    return config["DEFAULT"]
+
+
+def directives(source):
+    """The `#|` lines of a cell, as {name: value}."""
+    return dict(DIRECTIVE.findall(source))
+
+
+# --- the names of the library -------------------------------------------------------------------------------------------
+
+def symbols(repo=REPO):
+    """{name as prose writes it: full name}, for every public name; ambiguous short names are left out."""
+    syms = runpy.run_path(str(repo / "act" / "_modidx.py"))["d"]["syms"]
+    full = [s for names in syms.values() for s in names if not any(p.startswith("_") for p in s.split(".")[2:])]
+    short = [s.split(".", 2)[2] for s in full]
+    unique = {s: f for s, f in zip(short, full) if short.count(s) == 1}
+    return unique | {f: f for f in full} | {m: m for m in syms}
+
+
+def with_references(markdown, names):
+    """Inline code that names something public, as a link to its reference entry; fenced code is left alone."""
+    def reference(found): return f"{{py:obj}}`{found[1]} <{names[found[1]]}>`" if found[1] in names else found[0]
+    parts = FENCE.split(markdown)
+    return "".join(p if i % 2 else INLINE_CODE.sub(reference, p) for i, p in enumerate(parts))
+
+
+def with_links(markdown, place, target):
+    """Relative links rewritten by `target(path from the repository's root)`; `place` is the notebook's folder, from the root."""
+    def rewritten(found): return f"{found[1]}{target(posixpath.normpath(posixpath.join(place, found[2])))}{found[3] or ''})"
+    parts = FENCE.split(markdown)
+    return "".join(p if i % 2 else LINK.sub(rewritten, p) for i, p in enumerate(parts))
+
+
+def _page_target(place):
+    """Links from a page in `place`: pages stay relative, other files of the repository lead to where it is published."""
+    def target(path):
+        if path.startswith("nbs/") and path.endswith((".ipynb", ".html")): return posixpath.relpath(path, place)
+        return f"{settings()['git_url']}/blob/{settings()['branch']}/{path}"
+    return target
+
+
+# --- committed results --------------------------------------------------------------------------------------------------
+
+def committed_table(name, results=RESULTS):
+    """The Markdown of a committed table, or the command that makes it."""
+    found = [results / p / f"{name}.md" for p in SHOWN_PROFILES if (results / p / f"{name}.md").exists()]
+    if not found: return f"*Not measured yet: `make reproduce PROFILE=small ONLY={name}` writes this table.*"
+    return "\n\n".join(p.read_text(encoding="utf-8").strip() for p in found)
+
+
+def with_tables(markdown, results=RESULTS):
+    """`<!-- table: NAME -->` replaced by the committed table of that name."""
+    return TABLE.sub(lambda found: committed_table(found[1], results), markdown)
+
+
+def executed_paper_notebook(source, results=RESULTS):
+    """The committed run of a paper notebook, or its source where there is none."""
+    runs = [results / p / "notebooks" / source.name for p in SHOWN_PROFILES]
+    return next((r for r in runs if r.exists()), source)
+
+
+def paper_note(source, results=RESULTS):
+    """What stands below the title of a paper page: which run it shows, or the table without one, or how to get either."""
+    run = executed_paper_notebook(source, results)
+    if run != source: return f"*Shown: the committed run of the profile `{run.parents[1].name}`.*"
+    command = f"make reproduce PROFILE=small ONLY={source.stem}"
+    if (results / "small" / f"{source.stem}.md").exists(): return f"{committed_table(source.stem, results)}\n\n*The cells below are shown without their outputs; `{command}` runs them.*"
+    return f"*Shown without outputs: no run of it is committed yet. `{command}` makes one.*"
+
+
+# --- cells --------------------------------------------------------------------------------------------------------------
+
+def _only_imports(source):
+    try: body = ast.parse(source).body
+    except SyntaxError: return False
+    return bool(body) and all(isinstance(statement, (ast.Import, ast.ImportFrom)) for statement in body)
+
+
+def _code_tags(cell, found, source):
+    tags = set(cell.metadata.get("tags", ()))
+    if {"export", "exporti"} & found.keys(): tags.add("exported")
+    if found.get("echo") == "false": tags.add("remove-input")
+    if _only_imports(source) or "injected-parameters" in tags: tags.add("hide-input")
+    return sorted(tags)
+
+
+def _shown_output(output):
+    """An output as a page shows it: no widget models, and of a progress bar its last state."""
+    output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
+    if output.output_type == "stream": output.text = re.sub(r"[^\n]*\r(?!\n)", "", output.text)
+    return output
+
+
+def page_code(cell, title):
+    """A code cell for readers, or None for one that only the build needs."""
+    found = directives(cell.source)
+    source = DIRECTIVE.sub("", cell.source).strip()
+    if "hide" in found or "default_exp" in found or found.get("include") == "false" or not source: return None
+    tags, cell.source = _code_tags(cell, found, source), source
+    cell.outputs = [_shown_output(o) for o in cell.outputs]
+    cell.metadata = nbformat.from_dict({"tags": tags, "mystnb": {"image": {"alt": title}}})
+    return cell
+
+
+def caption(markdown):
+    """The first sentence of a text's last paragraph: the best description of a figure that there is."""
+    plain = re.sub(r"\$\$.*?\$\$|[#>*`$|\\]|\]\([^)]*\)|\[", "", markdown, flags=re.S)
+    lines = [line.strip() for line in plain.splitlines() if line.strip()]
+    return "Figure. " + re.split(r"[.:;] ", lines[-1].rstrip(".:;"))[0] if lines else "Figure"
+
+
+def page_cells(cells, place, names):
+    """The cells of a notebook as a page of the site shows them."""
+    title = ""
+    for cell in cells:
+        if cell.cell_type == "markdown":
+            title = caption(cell.source)
+            cell.source = with_references(with_links(with_tables(cell.source), place, _page_target(place)), names)
+            yield cell
+        elif cell.cell_type == "code" and (shown := page_code(cell, title)): yield shown
+
+
+def _with_note(cell, note):
+    """A page's first cell with a note between its title and the rest."""
+    if not note: return [cell]
+    title, _, rest = cell.source.partition("\n")
+    return [new_markdown_cell(part.strip()) for part in (title, note, rest) if part.strip()]
+
+
+def write_page(source, page, place, names, below_title="", after=()):
+    """One notebook as one page."""
+    notebook = nbformat.read(source, 4)
+    first, *others = page_cells(notebook.cells, place, names)
+    notebook.cells = [*_with_note(first, below_title), *others, *map(new_markdown_cell, after)]
+    notebook.metadata = nbformat.from_dict({"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
+                                            "language_info": {"name": "python", "pygments_lexer": "ipython3"}})
+    page.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, page)
+
+
+# --- the pages that no notebook has -------------------------------------------------------------------------------------
+
+def exported_modules():
+    """(notebook, module, its one sentence) in the order of the flow."""
+    for path in sorted((NBS / "api").glob("*.ipynb")):
+        cells = nbformat.read(path, 4).cells
+        module = next((directives(c.source)["default_exp"] for c in cells if "default_exp" in directives(c.source)), None)
+        sentence = next((line[2:] for line in cells[0].source.splitlines() if line.startswith("> ")), "")
+        if module: yield path, f"act.{module}", sentence
+
+
+REFERENCE = """# {module}
+
+Explained, drawn and tested in [its notebook](../api/{notebook}).
+
+```{{eval-rst}}
+.. automodule:: {module}
+   :members:
+   :show-inheritance:
+```
+"""
+
+
+def write_reference(folder, names):
+    """One page for each module, and one that lists them."""
+    folder.mkdir(parents=True)
+    modules = list(exported_modules())
+    for notebook, module, _ in modules:
+        (folder / f"{module}.md").write_text(REFERENCE.format(module=module, notebook=notebook.name), encoding="utf-8")
+    rows = "".join(f"| [{module}]({module}.md) | {with_references(sentence, names)} |\n" for _, module, sentence in modules)
+    listed = "\n".join(module for _, module, _ in modules)
+    (folder / "index.md").write_text("# Reference\n\nEvery public name, module by module, in the order in which a clip meets them.\n\n| module | |\n| --- | --- |\n"
+                                     f"{rows}\n```{{toctree}}\n:hidden:\n\n{listed}\n```\n", encoding="utf-8")
+
+
+def write_bibliography(pages):
+    """Every entry of references.bib."""
+    (pages / "bibliography.md").write_text("# Bibliography\n\nWhat the code, the data manifest and the pages cite.\n\n```{bibliography}\n:all:\n:style: plain\n```\n",
+                                           encoding="utf-8")
+
+
+def toctree(caption, entries):
+    return f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n" + "\n".join(entries) + "\n```"
+
+
+def _ordered(folder, first=()):
+    stems = [p.stem for p in (NBS / folder).glob("*.ipynb")]
+    return [f"{folder}/{s}" for s in sorted(stems, key=lambda s: (first.index(s) if s in first else len(first), s))]
+
+
+def contents(extra=()):
+    """The site's table of contents, as hidden toctrees of the front page."""
+    parts = {"Guides": _ordered("guides", GUIDES), "Paper": _ordered("paper"), "Library": _ordered("api"), "Look up": ["reference/index", *extra]}
+    return [toctree(caption, entries) for caption, entries in parts.items() if entries]
+
+
+def write_pages(pages):
+    """The whole source of the site, from the notebooks."""
+    shutil.rmtree(pages, ignore_errors=True)
+    names = symbols()
+    for path in sorted(p for p in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts and p != NBS / "index.ipynb"):
+        paper = path.parent.name == "paper"
+        write_page(executed_paper_notebook(path) if paper else path, pages / path.relative_to(NBS), path.parent.relative_to(REPO).as_posix(), names,
+                   paper_note(path) if paper else "")
+    write_reference(pages / "reference", names)
+    cited = (REPO / "references.bib").exists()
+    if cited: write_bibliography(pages)
+    write_page(NBS / "index.ipynb", pages / "index.ipynb", "nbs", names, after=contents(["bibliography"] if cited else []))

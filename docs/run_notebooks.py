@@ -1,0 +1,105 @@
+"""Execute notebooks in place and keep their outputs: `python docs/run_notebooks.py [NOTEBOOK ...]`; the library's, the guides and the front page by default.
+
+Cells are run as nbdev_test runs them (`#| eval: false`, slow and cuda cells are skipped), in the notebook's folder.
+With `--check` nothing is written: the exit status says whether the outputs on disk are what the code prints today.
+"""
+import argparse
+import contextlib
+import difflib
+import os
+import re
+import sys
+from pathlib import Path
+
+from execnb.nbio import read_nb, write_nb
+from execnb.shell import CaptureShell
+from nbdev.clean import clean_nb
+from nbdev.config import get_config
+from nbdev.frontmatter import FrontmatterProc
+from nbdev.process import NBProcessor
+
+REPO = Path(__file__).parents[1]
+BAR = re.compile(r"[^\n]*\r[^\n]*\n?")                                                # what a progress bar leaves in a stream
+ADDRESS = re.compile(r"0x[0-9a-f]+")
+
+
+def _skipped(flags):
+    """A predicate over cells: which ones nbdev_test would not run."""
+    def skipped(cell):
+        if cell.cell_type != "code" or "nbdev_export" in cell.source: return True
+        found = getattr(cell, "directives_", None) or {}
+        return found.get("eval:", [""])[0].lower() == "false" or bool(flags & found.keys())
+    return skipped
+
+
+def execute(path):
+    """{cell id: outputs} of a notebook run afresh; raises what its code raises."""
+    notebook = NBProcessor(path.resolve(), procs=FrontmatterProc, process=True).nb
+    shell = CaptureShell(path)
+    with contextlib.chdir(path.parent) if hasattr(contextlib, "chdir") else _chdir(path.parent):
+        shell.run_all(notebook, exc_stop=True, preproc=_skipped(set(get_config().tst_flags.split())))
+    return {c.id: lasting(c.outputs) for c in notebook.cells if c.cell_type == "code" and "outputs" in c}
+
+
+@contextlib.contextmanager
+def _chdir(folder):
+    """`contextlib.chdir` of Python 3.11."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try: yield
+    finally: os.chdir(before)
+
+
+def lasting(outputs):
+    """The outputs that make sense in a file: no progress bars, and no widgets, whose kernel is gone."""
+    for output in outputs:
+        output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
+        if "text" in output: output["text"] = BAR.sub("", "".join(output["text"])).splitlines(True)
+    return [o for o in outputs if o.get("text", True) and o.get("data", True)]
+
+
+def _with_outputs(path, outputs):
+    notebook = read_nb(path)
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and cell.id in outputs: cell["outputs"] = outputs[cell.id]
+    clean_nb(notebook, allowed_cell_metadata_keys=["tags"])
+    return notebook
+
+
+def printed(outputs):
+    """The lines that outputs put before a reader; a figure counts as a figure, an embedded page as its description."""
+    for output in outputs:
+        data = output.get("data", {})
+        shown = next((data[kind] for kind in ("text/markdown", "text/html", "text/plain") if kind in data), output.get("text", ""))
+        if "image/png" in data or "<iframe" in "".join(shown): shown = "<figure or page>"
+        yield from ADDRESS.sub("0x", "".join(shown)).splitlines()
+
+
+def stale(path, outputs):
+    """A unified diff between the outputs on disk and fresh ones; empty when they agree."""
+    kept = {c.id: c.outputs for c in read_nb(path).cells if c.cell_type == "code"}
+    lines = [[line for i in outputs for line in printed(o[i])] for o in (kept, outputs)]
+    return list(difflib.unified_diff(*lines, f"{path.name} on disk", f"{path.name} today", lineterm="", n=1))
+
+
+def main(paths, check):
+    """Run them one by one; returns the exit status."""
+    os.environ["IN_TEST"], failed = "1", []
+    for path in paths:
+        outputs = execute(path)
+        if check and (difference := stale(path, outputs)):
+            failed.append(path.name)
+            print("\n".join(difference[:40]))
+        if not check: write_nb(_with_outputs(path, outputs), path)
+        print(f"{'checked' if check else 'executed'} {path.relative_to(REPO)}", flush=True)
+    if failed: print(f"out of date: {', '.join(failed)}; run `make notebooks`")
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("notebooks", nargs="*", type=Path, help="the library's, the guides and the front page by default")
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    chosen = [p.resolve() for p in options.notebooks] or [*sorted((REPO / "nbs").glob("api/*.ipynb")), *sorted((REPO / "nbs").glob("guides/*.ipynb")), REPO / "nbs" / "index.ipynb"]
+    sys.exit(main(chosen, options.check))

@@ -1,0 +1,39 @@
+"""Packaging, driven by `settings.ini`; `nbdev_export` keeps `pyproject.toml` in step."""
+import shlex, shutil
+from configparser import ConfigParser
+from pathlib import Path
+
+import setuptools
+from setuptools.command.build_py import build_py
+
+config = ConfigParser(delimiters=["="])
+config.read("settings.ini", encoding="utf-8")
+cfg = config["DEFAULT"]
+SHIPPED = ("data_manifest.yaml", "references.bib")   # kept at the top of the repository, carried inside the wheel
+
+
+class build_with_manifest(build_py):
+    def run(self):
+        super().run()
+        for name in SHIPPED:
+            if Path(name).exists(): shutil.copy(name, Path(self.build_lib) / cfg["lib_path"])
+
+
+def listed(key): return shlex.split(cfg.get(key, ""))
+
+
+setuptools.setup(
+    name=cfg["lib_name"], version=cfg["version"], description=cfg["description"], keywords=cfg["keywords"],
+    author=cfg["author"], author_email=cfg["author_email"], license="Apache-2.0", url=cfg["git_url"],
+    packages=setuptools.find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
+    classifiers=["Development Status :: 3 - Alpha", f"Intended Audience :: {cfg['audience']}",
+                 f"Natural Language :: {cfg['language']}", "Programming Language :: Python :: 3",
+                 "Topic :: Multimedia :: Sound/Audio :: Analysis"],
+    include_package_data=True, install_requires=listed("requirements"), python_requires=">=" + cfg["min_python"],
+    extras_require={k: listed(f"{k}_requirements") for k in ("dev", "docs", "hf", "adapters", "log")},
+    long_description=Path("README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
+    zip_safe=False, cmdclass={"build_py": build_with_manifest},
+    entry_points={"console_scripts": listed("console_scripts"),
+                  "act.tasks": ["words = act.words"],
+                  "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
+)

@@ -1,0 +1,30 @@
+"""Fixtures shared by the tests: where real data is, and a cache that outlives one run."""
+import os
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def repo(): return REPO
+
+
+@pytest.fixture(scope="session")
+def mirror():
+    """The folder of real archives, or a skip that says how to get one."""
+    folder = os.environ.get("ACT_MIRROR")
+    if not folder: pytest.skip("real audio not tested: set ACT_MIRROR to a folder holding the archives of data_manifest.yaml")
+    if not Path(folder).is_dir(): pytest.fail(f"ACT_MIRROR={folder} is not a folder")
+    return Path(folder).resolve()
+
+
+@pytest.fixture(scope="module")
+def real_cache(mirror, tmp_path_factory):
+    """A cache for the mirror's archives, one for all test files; its environment ends with the file that asked for it."""
+    folder = tmp_path_factory.getbasetemp() / "real-cache"
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("ACT_CACHE", str(folder))
+        m.setenv("ACT_ACCEPT", "all")
+        yield folder

@@ -1,0 +1,490 @@
+"""Backbones: parity with independent references, independence of neighbours and padding, saving, partial tuning, errors."""
+import importlib.util
+import json
+import runpy
+import subprocess
+import sys
+import types
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchaudio
+
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
+
+from act.backbones import (Backbone, BackboneError, SpeechTransformer, list_backbones, load_backbone, register_backbone, set_trainable)
+from act.encoders import (aisfx_mel, musicnn_mel, read_aisfx_network, read_ge2e_network, read_music_vgg, read_musicnn,
+                          read_speech_network, speech_decibels, speech_mel)
+from act.manifest import FetchError, weight_file
+from act.tasks import load_task
+
+REFERENCES = Path(__file__).parent / "references"
+WHEELS = ("speech-embedding", "aisfx", "ge2e", "musicnn-vgg", "musicnn")
+
+
+def weights(*entry):
+    """The weight file of a manifest entry, or a skip that says why there is none."""
+    try: return weight_file(*entry)
+    except FetchError as error: pytest.skip(f"real weights not tested: {error}")
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    """A function from a requirement to the folder of its unpacked wheel: upstream's own code, as a reference."""
+    def unpack(requirement):
+        folder = tmp_path_factory.mktemp("wheel")
+        done = subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, requirement], capture_output=True, text=True)
+        if done.returncode: pytest.skip(f"no reference: pip cannot download {requirement}")
+        zipfile.ZipFile(next(folder.glob("*.whl"))).extractall(folder)
+        return folder
+    return unpack
+
+
+def clips(rate, seconds=(1., .4, 2.3), seed=0):
+    """Noise with a drifting tone, zero-padded to a batch, and the lengths."""
+    generator = np.random.default_rng(seed)
+    lengths = [int(rate * s) for s in seconds]
+    x = np.zeros((len(lengths), max(lengths)), np.float32)
+    for row, n in zip(x, lengths):
+        t = np.arange(n) / rate
+        row[:n] = .05 * generator.standard_normal(n) + .2 * np.sin(2 * np.pi * (300 + 200 * t) * t)
+    return torch.tensor(x), torch.tensor(lengths)
+
+
+def apart(a, b):
+    """Largest difference, relative to the largest value."""
+    return float((a - b).abs().max() / b.abs().max())
+
+
+# ---------------------------------------------------------------- parity
+
+def run_onnx(path, x):
+    runtime = pytest.importorskip("onnxruntime")
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return torch.tensor(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+
+def test_speech_network_equals_onnxruntime():
+    path = weights("speech-embedding")
+    mels = torch.randn(4, 76, 32, generator=torch.Generator().manual_seed(0)) * .5 + 2
+    ours = read_speech_network(path).eval()(mels[:, None])[:, :, 0, 0]
+    reference = run_onnx(path, mels[..., None]).reshape(4, 96)
+    assert reference.abs().max() > 5                                    # the scale against which 1e-4 is small
+    assert (ours - reference).abs().max() <= 1e-4
+
+
+@pytest.mark.slow
+def test_speech_embedding_equals_the_chain_of_both_graphs(wheel):
+    """From the waveform: the wheel's mel graph on 16-bit samples, windows of 76 frames every 8, mean."""
+    graph, network = wheel("openwakeword==0.4.0") / "openwakeword/resources/models/melspectrogram.onnx", weights("speech-embedding")
+    x, _ = clips(16000, (1.,))
+    mels = run_onnx(graph, x * 32768).reshape(97, 32) / 10 + 2
+    assert (speech_decibels(speech_mel()(x), torch.tensor([97]))[0] - mels).abs().max() <= 1e-4
+    windows = run_onnx(network, torch.stack([mels[s:s + 76, :, None] for s in (0, 8, 16)])).reshape(3, 96)
+    assert apart(load_backbone("speech-embedding")(x)[0], windows.mean(0)) <= 1e-4
+
+
+def test_aisfx_spectrogram_equals_essentia():
+    """Recorded by references/essentia_mel.py."""
+    signal = runpy.run_path(str(REFERENCES / "essentia_mel.py"))["signal"]()
+    reference = torch.tensor(np.load(REFERENCES / "essentia_mel.npz")["mels"])
+    ours = (aisfx_mel()(F.pad(torch.tensor(signal)[None] / 32768, (0, 1023)))[0] * 1e4 + 1).log10()
+    assert ours.shape == reference.shape and reference.max() > 5
+    assert (ours - reference).abs().max() <= 1e-4
+
+
+@pytest.mark.slow
+def test_aisfx_network_equals_upstream(wheel):
+    """Upstream's module, with its batch normalisations; and its cutting of blocks."""
+    path, folder = weights("aisfx"), wheel("aisfx==0.1.2") / "aisfx"
+    upstream = module_at(folder / "models/cnn2d.py").EmbeddingNet("max", 3, 1, 64).eval()
+    scalars = [(np._core.multiarray.scalar, "numpy.core.multiarray.scalar"), np.dtype, *(type(np.dtype(t)) for t in ("i4", "i8", "f4", "f8"))]
+    with torch.serialization.safe_globals(scalars): state, _ = torch.load(path, map_location="cpu", weights_only=True)
+    upstream.load_state_dict({k.removeprefix("embedding_net."): v for k, v in state.items() if k.startswith("embedding_net.")})
+    x, lengths = clips(44100, (2.9, 4.7))
+    ours = load_backbone("aisfx")
+    with torch.no_grad():
+        h, counts = ours.frames(x, lengths)
+        for i, n in enumerate(lengths):
+            spectrogram = (ours.mel(F.pad(x[i:i + 1, :n], (0, 1023)))[0] * 1e4 + 1).log10().numpy() / 9.457798957824707
+            blocks = module_at(folder / "preprocessing.py").blocking(spectrogram, 100, 50, True)
+            assert len(blocks) == counts[i]
+            assert apart(h[i, :counts[i]], upstream(torch.tensor(blocks, dtype=torch.float32))) <= 1e-4
+
+
+def module_at(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_ge2e_equals_resemblyzer(wheel, monkeypatch):
+    """Resemblyzer's own NumPy and librosa front end and its windows; only its voice detector is not called."""
+    pytest.importorskip("librosa")
+    path, folder = weights("ge2e"), wheel("resemblyzer==0.1.4")
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setitem(sys.modules, "webrtcvad", types.ModuleType("webrtcvad"))
+    morphology = types.ModuleType("scipy.ndimage.morphology")                # gone from SciPy
+    morphology.binary_dilation = None
+    monkeypatch.setitem(sys.modules, "scipy.ndimage.morphology", morphology)
+    from resemblyzer import audio, VoiceEncoder
+    encoder = VoiceEncoder("cpu", verbose=False, weights_fpath=path)
+    x, lengths = clips(16000, (1.6, 2.3, 4.05))                              # a window at least: see the page on shorter clips
+    x[2] *= .01                                                              # quiet: upstream raises it
+    ours = load_backbone("ge2e")(x, lengths).detach()
+    for i, n in enumerate(lengths):
+        reference = encoder.embed_utterance(audio.normalize_volume(x[i, :n].numpy(), -30, increase_only=True))
+        assert apart(ours[i], torch.tensor(reference)) <= 1e-4
+
+
+def test_musicnn_networks_equal_tensorflow():
+    """Recorded by references/musicnn_tensorflow.py from the published graphs."""
+    reference = np.load(REFERENCES / "musicnn_tensorflow.npz")
+    log_mels = torch.tensor((2 * np.random.default_rng(0).random((2, 187, 96))).astype(np.float32))
+    counts = torch.tensor([187, 187])
+    with torch.no_grad():
+        vgg, _ = read_music_vgg(weights("musicnn", "musicnn/MSD_vgg/.index")).eval()(log_mels, counts)
+        net, backend = (part.eval() for part in read_musicnn(weights("musicnn", "musicnn/MSD_musicnn/.index")))
+        h = net(log_mels, counts)
+        hidden = backend(torch.stack([h.amax(2), h.mean(2)], 2).flatten(1))
+    assert apart(vgg.permute(0, 2, 3, 1).flatten(1)[:, :2000], torch.tensor(reference["MSD_vgg"])) <= 1e-4
+    assert apart(hidden, torch.tensor(reference["MSD_musicnn"])) <= 1e-4
+
+
+def test_musicnn_spectrogram_equals_librosa():
+    librosa = pytest.importorskip("librosa")
+    x, _ = clips(16000, (1.,))
+    reference = librosa.feature.melspectrogram(y=x[0].numpy(), sr=16000, n_fft=512, hop_length=256, n_mels=96)
+    assert apart(musicnn_mel()(x)[0], torch.tensor(reference).T) <= 1e-5
+
+
+# ---------------------------------------------------------------- small transformers
+
+def small_model(kind):
+    """wav2vec 2.0 with one of its two normalisations, or WavLM, as torchaudio builds them."""
+    torch.manual_seed(0)
+    convolutions = [(32, 10, 5)] + [(32, 3, 2)] * 4 + [(32, 2, 2)] * 2
+    if kind == "wavlm": return torchaudio.models.wavlm_model("group_norm", convolutions, False, 32, 0., 16, 4, 3, 2, 16, 64, 0., 64, 0., 0., False, 0., None).eval()
+    return torchaudio.models.wav2vec2_model(kind, convolutions, False, 32, 0., 16, 4, 3, 2, 0., 64, 0., 0., kind == "layer_norm", 0., None).eval()
+
+
+def small_torchaudio(kind, layer=None, layer_drop=0.):
+    backbone = SpeechTransformer(small_model(kind), kind == "layer_norm", layer, layer_drop).eval()
+    backbone.name = kind
+    return backbone
+
+
+SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """Small randomly initialised models of every supported family, saved as their makers would."""
+    t = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    waves = dict(SIZES, conv_dim=[16] * 7, num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2)
+    clap = dict(hidden_size=32, patch_embeds_hidden_size=4, depths=[1, 1, 1, 1], num_attention_heads=[1, 1, 2, 2])
+    text = dict(SIZES, vocab_size=50)
+    whisper = t.WhisperConfig(d_model=16, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=32, decoder_layers=1,
+                              decoder_attention_heads=2, decoder_ffn_dim=32, vocab_size=60, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)
+    models = {"ast": (t.ASTModel(t.ASTConfig(**SIZES)), t.ASTFeatureExtractor()),
+              "whisper": (t.WhisperModel(whisper), t.WhisperFeatureExtractor()),
+              "clap": (t.ClapModel(t.ClapConfig(text_config=text, audio_config=clap)), t.ClapFeatureExtractor(truncation="rand_trunc")),
+              "wav2vec2": (t.Wav2Vec2Model(t.Wav2Vec2Config(**waves)), t.Wav2Vec2FeatureExtractor(do_normalize=True)),
+              "hubert": (t.HubertModel(t.HubertConfig(**waves, feat_extract_norm="layer", do_stable_layer_norm=True)), t.Wav2Vec2FeatureExtractor(do_normalize=True)),
+              "wavlm": (t.WavLMModel(t.WavLMConfig(**waves)), t.Wav2Vec2FeatureExtractor(do_normalize=False))}
+    folder = tmp_path_factory.mktemp("hub")
+    for name, parts in models.items():
+        for part in parts: part.save_pretrained(folder / name)
+    return folder
+
+
+FAMILIES = ("ast", "whisper", "clap", "wav2vec2", "hubert", "wavlm")
+
+
+# ---------------------------------------------------------------- neighbours and padding
+
+def assert_alone_as_in_company(backbone, seconds=(1., .4, 2.3)):
+    x, lengths = clips(backbone.rate, seconds)
+    with torch.no_grad():
+        together = backbone(x + 7. * (torch.arange(x.shape[1]) >= lengths[:, None]), lengths)     # what lies beyond a clip is no one's business
+        for i, n in enumerate(lengths):
+            alone = backbone(x[i:i + 1, :n])
+            assert together.shape[1] == backbone.dim == alone.shape[1]
+            assert apart(together[i], alone[0]) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["log-mel", *(f"random:{name}" for name in WHEELS)])
+def test_random_embeddings_ignore_neighbours_and_padding(name): assert_alone_as_in_company(load_backbone(name))
+
+
+@pytest.mark.parametrize("name", WHEELS)
+def test_pretrained_embeddings_ignore_neighbours_and_padding(name):
+    weights(*{"musicnn-vgg": ("musicnn", "musicnn/MSD_vgg/.index"), "musicnn": ("musicnn", "musicnn/MSD_musicnn/.index")}.get(name, (name,)))
+    assert_alone_as_in_company(load_backbone(name).train())           # also while tuning: normalisation keeps its statistics
+
+
+@pytest.mark.parametrize("layer", [None, 2, "learned"])
+@pytest.mark.parametrize("kind", ["group_norm", "layer_norm", "wavlm"])
+def test_speech_transformers_ignore_neighbours_and_padding(kind, layer): assert_alone_as_in_company(small_torchaudio(kind, layer))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["wav2vec2-base", "hubert-base", "wavlm-base"])
+def test_base_sizes_ignore_neighbours_and_padding(name): assert_alone_as_in_company(load_backbone(f"random:{name}"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hugging_face_ignores_neighbours_and_padding(hub, family): assert_alone_as_in_company(load_backbone(f"hf:{hub / family}"))
+
+
+@pytest.mark.parametrize("name", ["log-mel", *(f"random:{name}" for name in WHEELS)])
+def test_any_length_is_embedded(name):
+    backbone = load_backbone(name)
+    for n in (1, 7, backbone.rate // 10, 3 * backbone.rate + 1):
+        with torch.no_grad(): assert backbone(torch.full((1, n), .1)).isfinite().all()
+    assert backbone(torch.zeros(1, backbone.rate)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", WHEELS)
+def test_half_precision_changes_little(name):
+    backbone = load_backbone(f"random:{name}")
+    x, lengths = clips(backbone.rate)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16): rough = backbone(x, lengths)
+    with torch.no_grad(): assert F.cosine_similarity(rough.float(), backbone(x, lengths)).min() > .99
+
+
+# ---------------------------------------------------------------- libraries' own forward pass
+
+@pytest.mark.parametrize("kind", ["group_norm", "layer_norm", "wavlm"])
+def test_without_padding_it_is_torchaudio(kind):
+    backbone = small_torchaudio(kind)
+    x, lengths = clips(16000, (1., 1.))
+    normalized = F.layer_norm(x[:1], x[:1].shape) if kind == "layer_norm" else x[:1]     # what a torchaudio bundle does to one clip
+    with torch.no_grad():
+        reference = small_model(kind).extract_features(normalized)[0][-1]
+        if kind == "layer_norm": reference = backbone.model.encoder.transformer.layer_norm(reference)
+        assert apart(backbone.frames(x, lengths)[0][0], reference[0]) <= 1e-5
+
+
+@pytest.mark.parametrize("family", ["wav2vec2", "hubert", "wavlm"])
+def test_without_padding_it_is_transformers(hub, family):
+    t = pytest.importorskip("transformers")
+    x, _ = clips(16000, (1.,))
+    inputs = t.AutoFeatureExtractor.from_pretrained(hub / family)(x[0].numpy(), sampling_rate=16000, return_tensors="pt")
+    with torch.no_grad():
+        reference = t.AutoModel.from_pretrained(hub / family).eval()(inputs.input_values).last_hidden_state.mean(1)
+        assert apart(load_backbone(f"hf:{hub / family}")(x), reference) <= 1e-5
+
+
+def test_layers_are_dropped_only_on_demand():
+    x, _ = clips(16000, (1.,))
+    still, dropping = small_torchaudio("group_norm").train(), small_torchaudio("group_norm", layer_drop=.99).train()
+    with torch.no_grad():
+        assert torch.equal(still(x), still(x))
+        assert apart(dropping(x), still(x)) > 1e-3
+
+
+# ---------------------------------------------------------------- tuning
+
+@pytest.mark.parametrize("name", WHEELS)
+def test_every_parameter_is_reached_by_the_gradient(name):
+    backbone = load_backbone(f"random:{name}").train()
+    x, lengths = clips(backbone.rate, (1., .9))
+    (backbone(x, lengths) * torch.randn(backbone.dim, generator=torch.Generator().manual_seed(0))).sum().backward()
+    assert [key for key, p in backbone.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+    assert backbone.layers()[0][0].grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", [f"random:{name}" for name in WHEELS])
+def test_only_the_top_is_tuned(name, capsys):
+    backbone = load_backbone(name, trainable=1)
+    assert "tuning" in capsys.readouterr().out
+    top = {id(p) for p in backbone.layers()[-1]}
+    assert all(p.requires_grad == (id(p) in top) for p in backbone.parameters())
+
+
+def test_the_top_of_a_transformer_is_its_last_layers():
+    backbone = set_trainable(small_torchaudio("group_norm", "learned"), 2)
+    tuned = {key.split("layers.")[-1][0] if "layers." in key and "conv_layers" not in key else key for key, p in backbone.named_parameters() if p.requires_grad}
+    assert tuned == {"1", "2", "mixture"}
+
+
+@pytest.mark.parametrize("name", [f"random:{name}" for name in WHEELS])
+def test_adapters_start_at_the_pretrained_embedding_and_learn(name):
+    pytest.importorskip("peft")
+    backbone = load_backbone(name)
+    x, lengths = clips(backbone.rate, (1., .9))
+    before = backbone(x, lengths).detach()
+    set_trainable(backbone, "lora").train()
+    after = backbone(x, lengths)
+    assert apart(after.detach(), before) <= 1e-6
+    after.sum().backward()
+    tuned = [key for key, p in backbone.named_parameters() if p.requires_grad]
+    assert tuned and all("lora_" in key for key in tuned)
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for key, p in backbone.named_parameters() if "lora_B" in key)
+
+
+@pytest.mark.parametrize("kind", ["group_norm", "wavlm"])
+def test_adapters_sit_where_a_transformer_calls_them(kind):
+    pytest.importorskip("peft")
+    backbone = set_trainable(small_torchaudio(kind), "lora")
+    backbone(clips(16000, (1.,))[0]).sum().backward()
+    assert [key for key, p in backbone.named_parameters() if "lora_B" in key and p.grad is None] == []
+
+
+# ---------------------------------------------------------------- saving
+
+RELOAD = """
+import sys, torch
+from act.backbones import load_backbone
+torch.set_num_threads(1)
+folder, inputs, outputs = sys.argv[1:]
+with torch.no_grad(): torch.save(load_backbone(folder)(*torch.load(inputs, weights_only=True)), outputs)
+"""
+
+
+def assert_reloads_bit_identically(backbone, tmp_path):
+    torch.set_num_threads(1)
+    inputs = clips(backbone.rate, (1., .6))
+    torch.save(inputs, tmp_path / "in.pt")
+    with torch.no_grad(): expected = backbone(*inputs)
+    folder = backbone.save_pretrained(tmp_path / "saved", {"Task": {"name": "none", "licence": "none"}})
+    assert not [p for p in folder.rglob("*") if p.suffix in (".pt", ".bin", ".pkl", ".tmp")]
+    subprocess.run([sys.executable, "-c", RELOAD, folder, tmp_path / "in.pt", tmp_path / "out.pt"], check=True)
+    assert torch.equal(torch.load(tmp_path / "out.pt", weights_only=True), expected)
+    return folder
+
+
+@pytest.mark.parametrize("options", [{}, {"trainable": "lora"}, {"trainable": 2}])
+def test_another_process_reloads_it_bit_identically(options, tmp_path):
+    if options.get("trainable") == "lora": pytest.importorskip("peft")
+    backbone = load_backbone("random:speech-embedding", **options)
+    with torch.no_grad():
+        for parameter in backbone.parameters(): parameter.add_(.01 * torch.randn_like(parameter))   # as tuning would
+    folder = assert_reloads_bit_identically(backbone, tmp_path)
+    again = load_backbone(folder)
+    assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in backbone.parameters()]
+    card = (folder / "README.md").read_text()
+    for heading in ("## Model", "## Task", "## Environment", "licence"): assert heading in card
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["random:aisfx", "random:ge2e", "random:musicnn", "random:musicnn-vgg"])
+def test_others_reload_bit_identically(name, tmp_path): assert_reloads_bit_identically(load_backbone(name), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hugging_face_reloads_without_the_hub(hub, family, tmp_path):
+    layer = None if family == "clap" else 1
+    folder = assert_reloads_bit_identically(load_backbone(f"hf:{hub / family}", layer=layer), tmp_path)
+    assert json.loads((folder / "config.json").read_text())["options"] == {"layer": layer}
+
+
+def test_a_folder_is_whole_or_refused(tmp_path):
+    backbone = load_backbone("random:ge2e")
+    folder = backbone.save_pretrained(tmp_path / "saved")
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[:-1])
+    with pytest.raises(BackboneError, match="SHA-256"): load_backbone(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(BackboneError, match="no saved backbone"): load_backbone(folder)
+    torch.save(backbone.state_dict(), tmp_path / "saved/model.pt")
+    with pytest.raises(BackboneError, match="pickles"): load_backbone(folder)
+
+
+def test_a_failed_save_leaves_no_loadable_folder(tmp_path, monkeypatch):
+    backbone = load_backbone("random:ge2e")
+    backbone.save_pretrained(tmp_path / "saved")
+    monkeypatch.setattr("safetensors.torch.save", lambda tensors: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError): backbone.save_pretrained(tmp_path / "saved")
+    with pytest.raises(BackboneError): load_backbone(tmp_path / "saved")
+
+
+# ---------------------------------------------------------------- what a user gets wrong
+
+def test_a_missing_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(BackboneError, match=r"pip install 'act\[hf\]'"): load_backbone("hf:someone/something")
+    with pytest.raises(BackboneError, match=r"pip install 'act\[adapters\]'"): load_backbone("random:ge2e", trainable="lora")
+
+
+def test_an_unsupported_model_is_refused(tmp_path):
+    t = pytest.importorskip("transformers")
+    t.BertConfig().save_pretrained(tmp_path)
+    t.WhisperFeatureExtractor().save_pretrained(tmp_path)
+    with pytest.raises(BackboneError, match="bert model; supported are"): load_backbone(f"hf:{tmp_path}", pretrained=False)
+
+
+def test_a_failed_download_says_what_to_do(monkeypatch):
+    bundle = torchaudio.pipelines.WAV2VEC2_BASE
+    monkeypatch.setattr(type(bundle), "get_model", lambda self, **kw: (_ for _ in ()).throw(OSError("no route to host")))
+    with pytest.raises(BackboneError, match="wav2vec2-base cannot be downloaded.*no route to host"): load_backbone("wav2vec2-base")
+
+
+def test_unknown_names_and_options():
+    with pytest.raises(BackboneError, match="did you mean wav2vec2-base"): load_backbone("wav2vec-base")
+    with pytest.raises(BackboneError, match="no option 'layers'"): load_backbone("wav2vec2-base", pretrained=False, layers=3)
+    with pytest.raises(BackboneError, match="from 1 to 2"): load_backbone("random:ge2e", trainable=9)
+
+
+def test_a_backbone_of_ones_own_is_listed_saved_and_loaded(tmp_path):
+    class Mine(Backbone):
+        rate, dim, licence, source = 8000, 3, "MIT", "here"
+
+        def __init__(self, width=3):
+            super().__init__()
+            self.net = torch.nn.Linear(80, width)
+
+        def frames(self, x, lengths): return self.net(x.unfold(1, 80, 80)), lengths // 80
+
+    register_backbone("mine")(lambda pretrained=True, width=3: Mine(width))
+    mine = load_backbone("mine", width=3)
+    again = load_backbone(mine.save_pretrained(tmp_path / "mine"))
+    x, lengths = clips(8000)
+    assert torch.equal(again(x, lengths), mine(x, lengths))
+    assert list_backbones().loc["mine", "parameters"] == 243
+
+
+def test_the_list_is_complete():
+    table = list_backbones()
+    assert {"log-mel", *WHEELS, "wav2vec2-base", "hubert-xlarge", "wavlm-large", "xls-r-2b"} <= set(table.index)
+    assert table.loc["wav2vec2-base", "parameters"] == 94_370_944 and table.loc["speech-embedding", "dim"] == 96
+    assert (table.gflops_per_second.drop("log-mel") > 0).all() and table.licence.all() and table.weights.all()
+
+
+# ---------------------------------------------------------------- frozen scores on real recordings
+
+FROZEN = [     # encoder, tasks, and accuracy of the linear and the k-NN probe that an independent prototype measured
+    ("speech-embedding", ["asc40-mini"], (.915, .864)), ("speech-embedding", [f"esc10@{fold}" for fold in range(1, 6)], (.820, .718)),
+    ("musicnn", [f"esc10@{fold}" for fold in range(1, 6)], (.838, .780))]
+
+
+def frozen_scores(z, task):
+    """Logistic regression (C = 0.1) and cosine k-NN (k = 5) on standardised embeddings, train and validation against test."""
+    test, y = task.indices("test"), task.labels.numpy()
+    rest = np.setdiff1d(np.arange(len(task)), test)
+    z = StandardScaler().fit(z[rest]).transform(z)
+    probes = LogisticRegression(C=.1, max_iter=2000), KNeighborsClassifier(5, metric="cosine")
+    return [probe.fit(z[rest], y[rest]).score(z[test], y[test]) for probe in probes]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, tasks, expected", FROZEN)
+def test_frozen_scores_on_real_recordings(mirror, name, tasks, expected):
+    weights(*(("musicnn", "musicnn/MSD_musicnn/.index") if name == "musicnn" else (name,)))
+    backbone, tasks = load_backbone(name), [load_task(task) for task in tasks]
+    waves = tasks[0].waveforms(backbone.rate)                                 # folds hold the same clips in the same order
+    with torch.no_grad(): z = np.concatenate([backbone(*waves.batch(rows)).numpy() for rows in np.array_split(np.arange(len(waves)), len(waves) // 20)])
+    scores = np.mean([frozen_scores(z, task) for task in tasks], 0)
+    assert np.abs(scores - expected).max() <= .03, scores

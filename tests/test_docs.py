@@ -1,0 +1,434 @@
+"""The site, the guides and the docstrings, as a reader meets them; the browser tests click through in Debian's chromium."""
+import ast
+import functools
+import http.server
+import importlib
+import inspect
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urldefrag, urlsplit
+
+import numpy as np
+import pytest
+
+REPO = Path(__file__).parents[1]
+sys.path.insert(0, str(REPO / "docs"))
+GUIDES = sorted((REPO / "nbs" / "guides").glob("*.ipynb"))
+
+
+# --- the build ----------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    """The built site; every warning of Sphinx is an error."""
+    out = tmp_path_factory.mktemp("site") / "html"
+    before = os.times()
+    run = subprocess.run([sys.executable, "docs/build.py", "--out", str(out), "--jobs", "1"], cwd=REPO, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    after = os.times()                                                          # processor time: the same on a busy machine
+    (out / ".seconds").write_text(str(after.children_user + after.children_system - before.children_user - before.children_system))
+    return out
+
+
+def test_site_builds_within_two_minutes(site):
+    assert float((site / ".seconds").read_text()) < 120
+
+
+def test_readme_is_what_the_front_page_says():
+    from readme import readme
+    assert (REPO / "README.md").read_text(encoding="utf-8") == readme(write=False), "run `make sync`"
+
+
+class Page(HTMLParser):
+    """The ids of a page, what it links to, and what a browser loads with it."""
+    def __init__(self, path):
+        super().__init__()
+        self.ids, self.links, self.loaded = set(), [], []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        self.ids |= {found[k] for k in ("id", "name") if found.get(k)}
+        if tag == "a" and found.get("href"): self.links.append(found["href"])
+        if tag == "link" and found.get("rel") not in ("canonical", "next", "prev", "index", "search"): self.loaded.append(found.get("href"))
+        if tag in ("script", "img", "iframe", "audio", "video", "source", "embed") and found.get("src"): self.loaded.append(found["src"])
+
+
+@pytest.fixture(scope="session")
+def pages(site): return {p: Page(p) for p in site.rglob("*.html") if "_static" not in p.parts}
+
+
+def test_no_internal_link_is_broken(site, pages):
+    broken = []
+    for path, page in pages.items():
+        for link in page.links + page.loaded:
+            address, anchor = urldefrag(link)
+            if urlsplit(link).scheme: continue
+            target = (path.parent / unquote(urlsplit(address).path)).resolve() if address else path
+            if not target.exists(): broken.append(f"{path.relative_to(site)}: {link}")
+            elif anchor and target in pages and unquote(anchor) not in pages[target].ids: broken.append(f"{path.relative_to(site)}: {link}")
+    assert not broken, "\n".join(sorted(set(broken)))
+
+
+def test_pages_load_nothing_from_another_host(site, pages):
+    foreign = [f"{p.name}: {src}" for p, page in pages.items() for src in page.loaded if urlsplit(src).scheme in ("http", "https") or src.startswith("//")]
+    foreign += [f"{p.name}: {found}" for p in site.rglob("*.css") for found in re.findall(r"url\(['\"]?(?:https?:)?//[^)]*", p.read_text(encoding="utf-8"))]
+    assert not foreign, foreign
+
+
+def test_paper_pages_and_front_page_show_committed_tables(site):
+    for table in (REPO / "results").glob("small/table_*.md"):
+        cells = re.findall(r"\d+\.\d ± \d+\.\d", table.read_text(encoding="utf-8"))
+        shown = (site / "paper" / f"{table.stem}.html").read_text(encoding="utf-8")
+        assert all(cell in shown for cell in cells), table.name
+
+
+def test_pages_hold_no_path_of_a_machine(site):
+    telling = [str(p.relative_to(site)) for p in site.rglob("*.html") if re.search(r"/(?:home|root|work|tmp)/\w|C:\\Users", p.read_text(encoding="utf-8"))]
+    assert not telling, telling
+
+
+# --- how notebooks become pages -----------------------------------------------------------------------------------------
+
+def test_prose_becomes_references_but_code_does_not():
+    from pages import with_references
+    names = {"tune": "act.tuning.tune"}
+    assert with_references("call `tune`, not `tunes`", names) == "call {py:obj}`tune <act.tuning.tune>`, not `tunes`"
+    fenced = "```python\n`tune`\n```\n"
+    assert with_references(fenced, names) == fenced
+
+
+def test_links_are_seen_from_the_page():
+    from pages import _page_target, with_links
+    written = with_links("[a](../api/01_audio.ipynb#x) [b](../../Makefile) [c](https://example.org)", "nbs/guides", _page_target("nbs/guides"))
+    assert "(../api/01_audio.ipynb#x)" in written and "/blob/main/Makefile)" in written and "(https://example.org)" in written
+
+
+def test_tables_come_from_results_or_say_how_to_get_them(tmp_path):
+    from pages import with_tables
+    assert "make reproduce PROFILE=small ONLY=table_9" in with_tables("<!-- table: table_9 -->", tmp_path)
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "table_9.md").write_text("| a |\n")
+    assert with_tables("<!-- table: table_9 -->", tmp_path) == "| a |"
+
+
+def test_paper_page_says_which_run_it_shows(tmp_path):
+    from pages import executed_paper_notebook, paper_note
+    source, run = Path("table_9.ipynb"), tmp_path / "small" / "notebooks" / "table_9.ipynb"
+    assert "make reproduce PROFILE=small ONLY=table_9" in paper_note(source, tmp_path)
+    run.parent.mkdir(parents=True)
+    (tmp_path / "small" / "table_9.md").write_text("| a |\n")
+    assert paper_note(source, tmp_path).startswith("| a |") and executed_paper_notebook(source, tmp_path) == source
+    run.touch()
+    assert "`small`" in paper_note(source, tmp_path) and executed_paper_notebook(source, tmp_path) == run
+
+
+def test_progress_bars_and_dead_widgets_are_not_kept():
+    from run_notebooks import lasting
+    bar = {"output_type": "stream", "text": "decode:  1%\rdecode: 99%\rdecode: 100%\n"}
+    widget = {"output_type": "display_data", "data": {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "w"}}
+    assert lasting([bar, widget]) == [{"output_type": "display_data", "data": {"text/plain": "w"}}]
+    assert lasting([{"output_type": "stream", "text": "a\nb: 1%\rb: 2%\nc\n"}])[0]["text"] == ["a\n", "c\n"]
+
+
+def test_changed_output_is_stale(tmp_path):
+    from execnb.nbio import read_nb, write_nb
+    from run_notebooks import stale
+    cell = dict(cell_type="code", id="one", metadata={}, execution_count=None, source="print(1)", outputs=[dict(output_type="stream", name="stdout", text="1\n")])
+    path = tmp_path / "n.ipynb"
+    path.write_text(json.dumps(dict(cells=[cell], metadata={}, nbformat=4, nbformat_minor=5)))
+    assert not stale(path, {"one": [dict(output_type="stream", name="stdout", text="1\n")]})
+    assert "+2" in stale(path, {"one": [dict(output_type="stream", name="stdout", text="2\n")]})
+
+
+# --- the guides ---------------------------------------------------------------------------------------------------------
+
+LONG = "multi_label", "read_the_geometry", "index"                              # more than ten seconds of tuning
+
+
+@pytest.mark.parametrize("guide", [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in LONG else []) for p in [*GUIDES, REPO / "nbs" / "index.ipynb"]])
+def test_guide_runs(guide, monkeypatch):
+    from run_notebooks import execute
+    monkeypatch.setenv("IN_TEST", "1")
+    started = time.process_time()
+    execute(guide)
+    assert time.process_time() - started < 120          # both cores busy for a minute
+
+
+def test_every_guide_is_named_by_the_front_page_of_the_site():
+    from pages import contents
+    listed = "\n".join(contents())
+    assert GUIDES and all(f"guides/{g.stem}" in listed for g in GUIDES)
+
+
+# --- the docstrings -----------------------------------------------------------------------------------------------------
+
+def public_names():
+    """(full name, object) of every exported function and class, and of the public methods of the classes."""
+    from pages import exported_modules
+    for _, module, _ in exported_modules():
+        if module == "act.cli": continue                                        # its docstrings are the terminal's help
+        space = vars(importlib.import_module(module))
+        for name in space["__all__"]:
+            if not inspect.isclass(space[name]) and not inspect.isfunction(space[name]): continue
+            yield f"{module}.{name}", space[name]
+            if inspect.isclass(space[name]): yield from _public_methods(f"{module}.{name}", space[name])
+
+
+def _public_methods(name, cls):
+    for method, member in vars(cls).items():
+        if not method.startswith("_") and inspect.isfunction(member) and not _inherited_doc(cls, method): yield f"{name}.{method}", member
+
+
+def _inherited_doc(cls, method): return any(inspect.getdoc(vars(base)[method]) for base in cls.__mro__[1:] if method in vars(base) and inspect.isfunction(vars(base)[method]))
+
+
+def _sections(doc):
+    parts = re.split(r"^(\w[\w ]+)\n-{3,}\n", doc, flags=re.M)
+    return dict(zip(parts[1::2], parts[2::2]))
+
+
+def _documented_parameters(section):
+    """{name: type and description} of a NumPy section."""
+    entries = re.split(r"^(?=\S)", section, flags=re.M)
+    return {name.strip(" *"): entry for entry in entries if entry.strip() for name in entry.split("\n")[0].split(" : ")[0].split(",")}
+
+
+def _raises(function):
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    return any(isinstance(node, ast.Raise) and node.exc is not None for node in ast.walk(tree))
+
+
+def docstring_problems(name, member):
+    """What a reader of this docstring would miss."""
+    doc = inspect.getdoc(member) or ""
+    if not doc or (inspect.isclass(member) and member.__doc__ is None): return [f"{name}: no docstring"]
+    sections, found = _sections(doc), []
+    documented = _documented_parameters(sections.get("Parameters", ""))
+    signature = [] if inspect.isclass(member) else [p for p in inspect.signature(member).parameters if p not in ("self", "cls")]
+    if not inspect.isclass(member) and len(signature) > 2 and not documented and "(" not in doc: found.append("more than two parameters and no section on them")
+    found += [f"parameter {p} is not described" for p in signature if documented and p not in documented]
+    found += [f"no such parameter: {p}" for p in documented if signature and p not in signature]
+    found += [f"{p}: an array without its shape" for p, text in documented.items() if re.search(r" : (Long|Bool)?(Tensor|ndarray|array)\b", text.split("\n")[0]) and "(" not in text]
+    found += [f"{p}: no unit" for p, text in documented.items() if p == "rate" and not re.search(r"\bHz\b|per minute|learning rate", text)]
+    if not inspect.isclass(member) and documented and "Returns" not in sections and "Yields" not in sections and _returns(member): found.append("no section Returns")
+    if not inspect.isclass(member) and documented and _raises(member) and "Raises" not in sections: found.append("raises, and does not say so")
+    return [f"{name}: {problem}" for problem in found]
+
+
+def _returns(function):
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    return any(isinstance(node, ast.Return) and node.value is not None for node in ast.walk(tree))
+
+
+def test_every_public_name_is_documented():
+    problems = [p for name, member in public_names() for p in docstring_problems(name, member)]
+    assert not problems, f"{len(problems)}:\n" + "\n".join(problems)
+
+
+def test_docstring_problems_are_found():
+    def bad(z, labels, rate, k):
+        """Nothing.
+
+        Parameters
+        ----------
+        z : Tensor
+            Embeddings.
+        rate : int
+            How fast.
+        j : int
+            Not there.
+        """
+        raise ValueError("never said")
+    found = "\n".join(docstring_problems("bad", bad))
+    for problem in ("labels is not described", "no such parameter: j", "z: an array without its shape", "rate: no unit", "raises"): assert problem in found, problem
+
+
+# --- in a browser -------------------------------------------------------------------------------------------------------
+
+FLAGS = ("--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update "
+         "--disable-sync --disable-dev-shm-usage --autoplay-policy=no-user-gesture-required --window-size=1400,1100").split()
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """Headless chromium, or a skip that says what is missing."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="the site is not clicked through: pip install selenium")
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and driver): pytest.skip("the site is not clicked through: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"): options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    chrome.set_script_timeout(30)
+    yield chrome
+    chrome.quit()
+
+
+@pytest.fixture(scope="session")
+def address(site):
+    """Where the site is served on this machine."""
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_): pass
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def until(condition, seconds=20):
+    """The first true value of a condition."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(.05)
+    return value
+
+
+def complaints(browser, home):
+    """Console errors since the last call, and requests that went neither to `home` nor to the server of these tests."""
+    errors = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    sent = [json.loads(e["message"])["message"] for e in browser.get_log("performance")]
+    urls = [m["params"]["request"]["url"] for m in sent if m["method"] == "Network.requestWillBeSent"]
+    return errors + [f"request to {u[:120]}" for u in urls if not u.startswith((home, "http://127.0.0.1", "data:", "blob:", "about:", "chrome:"))]
+
+
+@pytest.mark.browser
+def test_every_page_loads_its_images_and_asks_no_other_host(browser, address, site, pages):
+    complaints(browser, address)
+    broken = []
+    for path in sorted(p for p in pages if "_modules" not in p.parts):
+        browser.get(f"{address}/{path.relative_to(site).as_posix()}")
+        lost = browser.execute_async_script("""const done = arguments[0], images = [...document.images];
+            images.forEach(image => { image.loading = "eager"; });
+            Promise.allSettled(images.map(image => image.decode())).then(() => done(images.filter(i => !i.naturalWidth).map(i => i.src)));""")
+        broken += [f"{path.name}: image {src[:100]}" for src in lost]
+        broken += [f"{path.name}: {c}" for c in complaints(browser, address)]
+    assert not broken, "\n".join(broken)
+
+
+@pytest.mark.browser
+def test_search_finds_jaccard(browser, address):
+    browser.get(f"{address}/search.html?q=jaccard")
+    results = until(lambda: browser.execute_script("return [...document.querySelectorAll('#search-results li')].map(e => e.textContent)"))
+    assert any("act.losses" in r or "Losses" in r for r in until(lambda: len(results) > 2 and results)), results
+    assert not complaints(browser, address)
+
+
+@pytest.mark.browser
+def test_formulas_render(browser, address):
+    browser.get(f"{address}/api/05_losses.html")
+    count = lambda selector: browser.execute_script("return document.querySelectorAll(arguments[0]).length", selector)   # noqa: E731
+    assert count(".math") > 20
+    until(lambda: count(".math mjx-container svg") >= count(".math"))
+    assert count("mjx-merror, [data-mjx-error]") == 0
+
+
+@pytest.mark.browser
+def test_dark_mode_changes_the_background(browser, address):
+    browser.get(f"{address}/index.html")
+    colours = set()
+    for theme in ("light", "dark"):
+        browser.execute_script("document.body.dataset.theme = arguments[0]", theme)
+        colours.add(browser.execute_script("return getComputedStyle(document.body).backgroundColor"))
+    assert len(colours) == 2
+    assert browser.find_elements("css selector", "button.theme-toggle")
+
+
+# --- the explorer -------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def explorer():
+    """Four words before and after something that helps, without tuning anything."""
+    from act.explorer import Explorer, explorer_data
+    from act.tasks import load_task
+    task = load_task("words-4")
+    task = task.subset(task.indices("test"))
+    draw, means = np.random.default_rng(0), np.eye(4, 16)[task.labels]
+    states = {name: share * means + .3 * draw.standard_normal(means.shape) for name, share in (("frozen", .2), ("epoch 1", .6), ("epoch 2", 2.))}
+    return Explorer(data=explorer_data(task, states))
+
+
+@pytest.fixture
+def maps(browser, explorer, tmp_path):
+    """The saved page, opened from the disk."""
+    path = explorer.save(tmp_path / "maps.html")
+    complaints(browser, "http")
+    browser.get(path.as_uri())
+    until(lambda: browser.find_elements("css selector", ".after circle"))
+    return browser
+
+
+def shown(browser, script): return browser.execute_script(f"return {script}")
+
+
+@pytest.mark.browser
+def test_explorer_plays_a_clip_and_shows_its_spectrogram(maps):
+    dot = maps.find_elements("css selector", ".before circle")[5]
+    maps.execute_script("window.heard = 0; document.querySelector('audio').addEventListener('timeupdate', e => { heard = Math.max(heard, e.target.currentTime); })")
+    maps.execute_script("arguments[0].dispatchEvent(new MouseEvent('click', {bubbles: true}))", dot)
+    until(lambda: shown(maps, "heard") > .05)
+    assert shown(maps, "document.querySelector('audio').error") is None
+    until(lambda: shown(maps, "document.querySelector('.detail img').naturalHeight") == 64)
+    assert shown(maps, "document.querySelector('.detail .name').textContent").startswith(dot.get_attribute("aria-label"))
+    assert not complaints(maps, "file:")
+
+
+@pytest.mark.browser
+def test_explorer_hover_shows_class_and_neighbours_in_both_maps(maps, explorer):
+    from selenium.webdriver import ActionChains
+    dots = maps.find_elements("css selector", ".after circle")
+    ActionChains(maps).move_to_element(dots[9]).perform()
+    until(lambda: shown(maps, "document.querySelectorAll('.after line').length") == 5)
+    assert shown(maps, "document.querySelectorAll('.before line').length") == 5
+    chosen = int(shown(maps, "document.querySelector('.after circle.chosen').dataset.clip"))
+    names = [explorer.data["classes"][explorer.data["labels"][j][0]] for j in explorer.data["neighbours"][2][chosen]]
+    assert shown(maps, "[...document.querySelectorAll('.near')[1].querySelectorAll('span')].map(e => e.textContent)") == names
+
+
+@pytest.mark.browser
+def test_explorer_filters_by_class(maps):
+    away = "document.querySelectorAll('.after circle.away').length"
+    maps.find_elements("css selector", ".classes button")[2].click()
+    assert shown(maps, away) == 24
+    maps.find_elements("css selector", ".classes button")[0].click()
+    assert shown(maps, away) == 0
+
+
+@pytest.mark.browser
+def test_explorer_slider_moves_the_right_map_only(maps, explorer):
+    places = "[...document.querySelectorAll('.{} circle')].map(e => e.style.transform)"
+    before, after = (shown(maps, places.format(side)) for side in ("before", "after"))
+    maps.find_element("css selector", "input[type=range]").send_keys("\ue012")      # arrow left
+    assert shown(maps, "document.querySelector('output').textContent") == "epoch 1"
+    assert shown(maps, places.format("before")) == before and shown(maps, places.format("after")) != after
+    assert f"{100 * explorer.data['purity'][1]:.1f} %" in shown(maps, "document.querySelector('.after figcaption').textContent")
+
+
+@pytest.mark.browser
+def test_explorer_works_by_keyboard_alone(maps):
+    from selenium.webdriver.common.keys import Keys
+    name = "document.querySelector('.detail .name').textContent"
+    for _ in range(12):
+        maps.switch_to.active_element.send_keys(Keys.TAB)
+        if shown(maps, "document.activeElement.getAttribute('role')") == "listbox": break
+    else: pytest.fail("Tab does not reach a map")
+    visited = set()
+    for key in (Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_DOWN, Keys.ARROW_LEFT, Keys.ARROW_UP):
+        maps.switch_to.active_element.send_keys(key)
+        visited.add(shown(maps, "document.querySelector('circle.chosen').dataset.clip"))
+    assert len(visited) > 2
+    assert shown(maps, "document.activeElement.getAttribute('aria-activedescendant')") == shown(maps, "document.querySelector('.before circle.chosen').id")
+    maps.switch_to.active_element.send_keys(Keys.ENTER)
+    until(lambda: shown(maps, "document.querySelector('audio').currentTime") > 0)
+    assert shown(maps, name)

@@ -1,0 +1,259 @@
+"""Probes: parity with scikit-learn, determinism, neighbours with ties, metrics and intervals, scaling, faults."""
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from act.manifest import ActError
+from act.probes import METRICS, KNNProbe, LinearProbe, ProbeError, bootstrap_interval, dual_probe, linear_path, nearest, paired_bootstrap
+
+
+def embeddings(n=1500, dim=96, classes=12, seed=0, scale=.7):
+    """Gaussian classes with a steep spectrum (condition number of the covariance about 10^4), then rotated."""
+    g = torch.Generator().manual_seed(seed)
+    spread, centres = torch.arange(1, dim + 1) ** -1., torch.randn(classes, dim, generator=g)
+    y = torch.randint(classes, (n,), generator=g)
+    rotation = torch.linalg.qr(torch.randn(dim, dim, generator=g))[0]
+    return (scale * centres[y] + torch.randn(n, dim, generator=g)) * spread @ rotation, y
+
+
+def split(X, y, a=.6, b=.8):
+    i, j = int(a * len(y)), int(b * len(y))
+    return (X[:i], y[:i]), (X[i:j], y[i:j]), (X[j:], y[j:])
+
+
+def peer_objective(X, y, C):
+    """scikit-learn's objective at its optimum, and its model."""
+    x = StandardScaler().fit_transform(X.double().numpy())
+    model = LogisticRegression(C=C, max_iter=10000, tol=1e-9).fit(x, y.numpy())
+    p = model.predict_log_proba(x)[np.arange(len(y)), y.numpy()]
+    return -C * p.sum() + np.square(model.coef_).sum() / 2, model
+
+
+@parametrize_with_checks([LinearProbe(), KNNProbe()])
+def test_scikit_learn_conventions(estimator, check): check(estimator)
+
+
+@pytest.mark.parametrize("classes", [2, 12])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_objective_and_predictions_are_scikit_learns(classes, dtype):
+    X, y = embeddings(classes=classes)
+    Cs = [1e-3, 1e-1, 1., 10.]
+    path = linear_path(X.to(dtype), y, Cs)
+    for C, ours in zip(Cs, path.objective):
+        theirs, model = peer_objective(X, y, C)
+        assert float(ours) == pytest.approx(theirs, rel=1e-3)
+        expected = model.predict(StandardScaler().fit_transform(X.double().numpy()))
+        for tol, share in ((2e-5, .99), (1e-7, .999)):
+            assert (LinearProbe(C, tol=tol).fit(X.to(dtype), y).predict(X).numpy() == expected).mean() >= share
+
+
+def test_reported_objective_is_the_objective_of_the_reported_weights():
+    X, y = embeddings()
+    probe = LinearProbe(.5).fit(X, y)
+    loss = F.cross_entropy(probe.decision_function(X), y, reduction="sum")
+    assert float(.5 * loss + probe.coef_.square().sum() / 2) == pytest.approx(probe.objective_, rel=1e-4)
+
+
+def test_path_equals_its_penalties_one_by_one():
+    X, y = embeddings()
+    Cs = [1e-3, .03, 1.]
+    alone = [float(linear_path(X, y, [C]).objective) for C in Cs]
+    assert linear_path(X, y, Cs).objective.tolist() == pytest.approx(alone, rel=1e-3)
+
+
+def test_more_dimensions_than_clips():
+    X, y = embeddings(n=60, dim=200, classes=3)
+    theirs, _ = peer_objective(X, y, 1.)
+    assert float(linear_path(X, y, [1.]).objective) == pytest.approx(theirs, rel=1e-3)
+
+
+def test_affine_changes_of_the_inputs_change_nothing():
+    X, y = embeddings()
+    a, b = LinearProbe(.1).fit(X, y), LinearProbe(.1).fit(X * torch.linspace(.1, 30, 96) + 5, y)
+    assert (a.predict(X) == b.predict(X * torch.linspace(.1, 30, 96) + 5)).float().mean() > .995
+
+
+def test_one_vs_rest_is_scikit_learns_for_every_label():
+    X, y = embeddings()
+    tags = torch.stack([y % m == 0 for m in (2, 3, 5)], 1).float()
+    path = linear_path(X, tags, [.1, 1.])
+    theirs = [sum(peer_objective(X, tags[:, j].long(), C)[0] for j in range(3)) for C in (.1, 1.)]
+    assert path.objective.tolist() == pytest.approx(theirs, rel=1e-3)
+
+
+def test_a_label_without_positives_is_no_trouble():
+    X, y = embeddings(n=300)
+    tags = torch.stack([y % 2, torch.zeros(300, dtype=torch.long)], 1)
+    scores = LinearProbe().fit(X, tags).predict_proba(X)
+    assert torch.isfinite(scores).all() and scores[:, 1].max() < .01
+
+
+def test_the_same_answer_twice_and_in_a_fresh_process():
+    code = ("import torch; torch.set_num_threads(1); from act.probes import *; g = torch.Generator().manual_seed(0); X = torch.randn(300, 20, generator=g);"
+            "y = (X[:, 0] > 0).long() + 2 * (X[:, 1] > 0).long(); r = dual_probe((X, y), (X[:50], y[:50]), (X[50:], y[50:]));"
+            "print(r.to_frame().to_csv(), r.linear.scores.tobytes().hex()[:4000])")
+    runs = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in range(2)}
+    assert len(runs) == 1 and "accuracy" in runs.pop()
+
+
+def test_penalty_is_chosen_on_validation_only():
+    train, valid, test = split(*embeddings())
+    probe = LinearProbe((1e-4, .03, 10.)).fit(*train, validation=valid)
+    rows = [(LinearProbe(C).fit(*train).score(*valid)) for C in (1e-4, .03, 10.)]
+    assert probe.validation_.accuracy.tolist() == pytest.approx(rows, abs=.01)
+    assert probe.C_ == probe.validation_.C[int(np.argmax(rows))]
+
+
+@pytest.mark.parametrize("bank_rows", [7, 64, 5000])
+def test_neighbours_across_blocks_with_ties(monkeypatch, bank_rows):
+    monkeypatch.setattr("act.probes._BANK", bank_rows)
+    monkeypatch.setattr("act.probes._QUERIES", 11)
+    g = torch.Generator().manual_seed(0)
+    bank = torch.randint(-1, 2, (500, 3), generator=g).float() + torch.tensor([.0, .0, 2.])      # few distinct directions: ties abound
+    queries = torch.tensor([[0., 0, 1], [1, 0, 2], [1, 1, 1]])
+    similarity, index = nearest(queries, bank, 30)
+    rounded = (F.normalize(queries, dim=1) @ F.normalize(bank, dim=1).T)
+    for row, value, at in zip(rounded, similarity, index):
+        np.testing.assert_allclose(value, row.sort(descending=True).values[:30], atol=1e-6)
+        np.testing.assert_allclose(row[at], value, atol=1e-6)
+        same = value[1:] == value[:-1]
+        assert (at[1:][same] > at[:-1][same]).all()
+
+
+def test_lowest_index_wins_at_the_border():
+    _, index = nearest(torch.ones(1, 4), torch.ones(100, 4), 5)
+    assert index.tolist() == [[0, 1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("k", [1, 7, 20])
+def test_votes_are_scikit_learns(k):
+    X, y = embeddings()
+    peer = KNeighborsClassifier(k, metric="cosine", algorithm="brute").fit(X[:1000].numpy(), y[:1000].numpy())
+    ours = KNNProbe(k, temperature=None).fit(X[:1000].numpy(), y[:1000].numpy())
+    np.testing.assert_allclose(ours.predict_proba(X[1000:].numpy()), peer.predict_proba(X[1000:].numpy()), atol=1e-6)
+    np.testing.assert_array_equal(ours.predict(X[1000:].numpy()), peer.predict(X[1000:].numpy()))
+
+
+def test_weighted_votes_by_hand():
+    bank, y = torch.tensor([[1., 0], [0, 1], [1, 1]]), torch.tensor([[1, 0], [0, 1], [1, 1]])
+    weight = np.exp(np.array([1, 0, .5 ** .5]) / .07)
+    by_hand = (weight[:, None] * y.numpy()).sum(0) / weight.sum()
+    np.testing.assert_allclose(KNNProbe().fit(bank, y).predict_proba(torch.tensor([[2., 0]]))[0], by_hand, rtol=1e-4)
+
+
+def test_sweep_equals_separate_probes():
+    train, valid, _ = split(*embeddings(n=400))
+    sweep = KNNProbe().fit(*train).sweep(*valid, ks=(1, 9, 30, 1000))
+    assert sweep.accuracy.tolist() == [KNNProbe(k).fit(*train).score(*valid) for k in (1, 9, 30, 1000)]
+
+
+def test_class_names_numpy_and_torch_agree():
+    X, y = embeddings(n=300, classes=3)
+    names = np.array(["bark", "meow", "purr"])[y]
+    for probe in (LinearProbe(.1), KNNProbe()):
+        assert (probe.fit(X.numpy(), names).predict(X.numpy()) == np.array(["bark", "meow", "purr"])[probe.fit(X, y).predict(X)]).all()
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_resampling_by_weights_is_resampling(name):
+    rng = np.random.default_rng(0)
+    scores, picks = rng.random((80, 7)).round(1), rng.integers(80, size=80)
+    y = rng.random((80, 7)) < .4 if name in ("mAP", "mAP_micro", "roc_auc", "d_prime", "lrap") else rng.integers(7, size=80)
+    weights = np.bincount(picks, minlength=80)[:, None].astype(np.float32)
+    assert METRICS[name](y, scores, weights)[0] == pytest.approx(METRICS[name](y[picks], scores[picks]), abs=1e-5)
+
+
+def test_interval_covers_the_truth():
+    """95 % intervals of a known accuracy: of 200, between 178 and 199 should hold it (99.9 % of the binomial)."""
+    rng = np.random.default_rng(0)
+    found = [bootstrap_interval("accuracy", np.ones(300, int), (rng.random(300) < .8).astype(int), 300, seed=s) for s in range(200)]
+    assert 178 <= sum(low <= .8 <= high for _, low, high in found) <= 199
+
+
+def test_paired_bootstrap_is_sharper_than_two_intervals():
+    rng = np.random.default_rng(0)
+    y, hard = rng.integers(5, size=500), rng.random(500) < .3
+    a, b = np.where(hard, (y + 1) % 5, y), np.where(hard | (rng.random(500) < .04), (y + 1) % 5, y)
+    found, alone = paired_bootstrap("accuracy", y, [a], [b]), bootstrap_interval("accuracy", y, a)
+    assert found.low > 0 and found.high - found.low < (alone.high - alone.low) / 2
+    assert np.isnan(found.effect_size)
+
+
+def test_paired_bootstrap_rarely_finds_nothing_significant():
+    rng = np.random.default_rng(0)
+    def null(seed):
+        y = rng.integers(5, size=200)
+        runs = [[np.where(rng.random(200) < .3, (y + 1) % 5, y) for _ in range(5)] for _ in "ab"]
+        return paired_bootstrap("accuracy", y, *runs, n_resamples=200, seed=seed).p_value
+    assert sum(null(s) < .05 for s in range(100)) <= 15
+
+
+def test_multilabel_dual_probe_matches_scikit_learn_metric():
+    X, y = embeddings()
+    tags = torch.stack([y % m == 0 for m in (2, 3, 5)], 1).float()
+    found = dual_probe(*split(X, tags), n_resamples=50)
+    truth = split(X, tags)[2][1].numpy()
+    for result in (found.linear, found.knn): assert result.metrics["mAP"] == pytest.approx(average_precision_score(truth, result.scores), abs=1e-5)
+    assert "mAP" in found._repr_markdown_() and found.plot() is not None
+
+
+def test_dual_probe_when_classes_are_missing_from_training():
+    X, y = embeddings(n=600, classes=6)
+    train, valid, test = split(X, y)
+    seen = train[1] != 3
+    found = dual_probe((train[0][seen], train[1][seen]), valid, test, n_resamples=0)
+    assert found.linear.metrics["accuracy"] == pytest.approx((found.linear.predictions == test[1].numpy()).mean())
+    assert 3 not in found.linear.predictions
+
+
+def faults():
+    X, y = embeddings(n=50, classes=3)
+    bad = X.clone(); bad[3, 2] = float("nan")
+    yield "NaN", lambda: LinearProbe().fit(bad, y), "NaN or infinity"
+    yield "one class", lambda: KNNProbe().fit(X, y * 0), "at least 2 classes"
+    yield "lengths", lambda: LinearProbe().fit(X, y[:-1]), "50 embeddings but 49 labels"
+    yield "negative C", lambda: LinearProbe(-1.).fit(X, y), "C must be positive"
+    yield "no validation", lambda: LinearProbe((1., 2.)).fit(X, y), "validation=(X, y)"
+    yield "k", lambda: KNNProbe(0).fit(X, y), "at least 1"
+    yield "dimensions", lambda: KNNProbe().fit(X, y).predict(X[:, :5]), "5 features"
+    yield "shape", lambda: KNNProbe().fit(X[0], y), "(clips, dimensions)"
+    yield "metric", lambda: bootstrap_interval("acc", y, y), "unknown metric"
+    yield "pairs", lambda: paired_bootstrap("accuracy", y, [y], [y[:5]]), "scores of 5 clips"
+
+
+@pytest.mark.parametrize("act,message", [f[1:] for f in faults()], ids=[f[0] for f in faults()])
+def test_faults_are_one_line_that_names_the_culprit(act, message):
+    with pytest.raises(ProbeError) as error: act()
+    assert message in str(error.value) and "\n" not in str(error.value) and isinstance(error.value, ActError)
+
+
+PEAK = """
+import resource, sys, torch; torch.set_num_threads(1)
+from act.probes import KNNProbe
+bank, queries = (int(n) for n in sys.argv[1:])
+g = torch.Generator().manual_seed(0)
+X, Q, y = torch.randn(bank, 64, generator=g), torch.randn(queries, 64, generator=g), torch.randint(20, (bank,), generator=g)
+probe = KNNProbe().fit(X, y); probe.predict(Q[:4]); before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+import time; start = time.process_time(); probe.predict(Q)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time() - start)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("small,large", [((20000, 4000), (20000, 40000)), ((20000, 4000), (200000, 4000))], ids=["queries", "bank"])
+def test_ten_times_the_clips(small, large):
+    """At most 10.5 times the time, and 1.2 times the memory beside the embeddings themselves."""
+    def measure(sizes):
+        out = [subprocess.run([sys.executable, "-c", PEAK, *map(str, sizes)], capture_output=True, text=True, check=True).stdout.split() for _ in range(3)]
+        return min(int(kb) for kb, _ in out) / 1024 - sum(sizes) * 64 * 4 / 2 ** 20, min(float(s) for _, s in out)
+    (memory, time), (more_memory, more_time) = measure(small), measure(large)
+    assert more_memory < 1.2 * memory and more_time < 10.5 * time

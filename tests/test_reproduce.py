@@ -1,0 +1,106 @@
+"""The paper notebooks by papermill: complete, resumable, byte-identical, and clear about mistakes."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ACT = Path(sys.executable).with_name("act")
+TINY = dict(profile="tiny", seeds=2, jobs=1,
+            table_2=dict(tasks=["words-4", "words-9999"], backbones=["log-mel", "speech-embedding"], tune={"words-4": ["speech-embedding"]}, trials=[dict(lr=1e-3, passes=1)]))
+
+
+def act(*words, **env):
+    """Run the command line; returns the finished process."""
+    return subprocess.run([ACT, *map(str, words)], capture_output=True, text=True, env={**os.environ, **env})
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY))
+    return path
+
+
+def tables(folder): return {p.name: p.read_bytes() for p in sorted(folder.glob("*.csv"))}
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """Table 2 of the tiny profile, from scratch."""
+    folder = tmp_path_factory.mktemp("first")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    done = act("reproduce", "--profile", folder / "tiny.yaml", "--only", "table_2,figure_1", "--results", folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_one_command_writes_the_table(first):
+    names = {p.name for p in (first / "tiny").iterdir()}
+    assert {"table_2_single_label.csv", "table_2_single_label.md", "table_2_single_label.tex", "figure_1_framework.svg", "index.html", "runs", "notebooks"} <= names
+    csv = (first / "tiny" / "table_2_single_label.csv").read_text()
+    assert "words-4,speech-embedding,contrastive,knn" in csv
+    assert "words-9999" in csv and "choose a number from" in csv           # left out by name, with the reason
+
+
+def test_again_nothing_is_run(first):
+    done = act("reproduce", "--profile", first / "tiny.yaml", "--only", "table_2", "--results", first)
+    assert done.returncode == 0 and "table_2_single_label: unchanged" in done.stdout
+
+
+def test_tables_follow_from_the_records(first):
+    assert act("check-results", first / "tiny").returncode == 0
+    csv = first / "tiny" / "table_2_single_label.csv"
+    true = csv.read_text()
+    try:
+        csv.write_text(true.replace("words-4,log-mel,frozen,linear,accuracy,0.", "words-4,log-mel,frozen,linear,accuracy,1."))
+        wrong = act("check-results", first / "tiny")
+        assert wrong.returncode == 1 and "table_2_single_label" in wrong.stderr
+    finally: csv.write_text(true)
+
+
+@pytest.mark.slow
+def test_from_scratch_twice_gives_the_same_bytes(first, tmp_path):
+    done = act("reproduce", "--profile", first / "tiny.yaml", "--only", "table_2", "--results", tmp_path, ACT_CACHE=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
+    assert tables(tmp_path / "tiny") == {k: v for k, v in tables(first / "tiny").items() if k.startswith("table_2")}
+
+
+@pytest.mark.parametrize("words, said", [
+    (["reproduce", "--profile", "quik"], "choose one of full, quick, small"),
+    (["reproduce", "--only", "table_9"], "no paper notebook 'table_9'"),
+    (["fetch", "asc41"], "asc41"),
+    (["tune", "words-1000"], "from 2 to 320"),
+    (["tune", "no-such-folder"], "no-such-folder"),
+    (["tune", "words-4", "--backbone", "speach-embedding"], "speech-embedding"),
+    (["tune", "words-4", "--method", "magic"], "contrastive, vanilla, lp-ft"),
+    (["probe", "nowhere.npz"], "nowhere.npz"),
+    (["study", "status", "nowhere"], "not a folder"),
+])
+def test_mistakes_get_one_line_and_a_status(words, said, tmp_path):
+    wrong = subprocess.run([ACT, *words], capture_output=True, text=True, cwd=tmp_path)
+    assert wrong.returncode == 1 and said in wrong.stderr, wrong.stdout + wrong.stderr
+    assert wrong.stderr.count("\n") == 1 and "Traceback" not in wrong.stderr
+    assert not list(tmp_path.iterdir())                                    # nothing half-written
+
+
+def test_a_misspelt_profile_key_stops_before_anything_runs(tmp_path):
+    (tmp_path / "wrong.yaml").write_text("profile: wrong\nsedes: 3\n")
+    wrong = act("reproduce", "--profile", tmp_path / "wrong.yaml", "--results", tmp_path / "out")
+    assert wrong.returncode == 1 and "did you mean seeds?" in wrong.stderr and not (tmp_path / "out").exists()
+
+
+def test_papermill_alone_refuses_a_misspelt_parameter(repo, tmp_path):
+    notebook = repo / "nbs" / "paper" / "figure_1_framework.ipynb"
+    wrong = subprocess.run([sys.executable, "-m", "papermill", notebook, tmp_path / "out.ipynb", "-p", "sedes", "3", "--cwd", notebook.parent], capture_output=True, text=True)
+    assert wrong.returncode != 0 and "did you mean seeds?" in wrong.stderr
+
+
+def test_a_failing_notebook_leaves_the_others(tmp_path):
+    (tmp_path / "half.yaml").write_text(yaml.safe_dump(dict(profile="half", table_2=dict(tsks=[]))))
+    half = act("reproduce", "--profile", tmp_path / "half.yaml", "--only", "figure_1,table_2", "--results", tmp_path)
+    assert half.returncode == 1 and "1 of 2 notebooks failed" in half.stderr and "did you mean tasks?" in half.stderr
+    assert (tmp_path / "half" / "figure_1_framework.svg").exists()
+    assert "did you mean tasks?" in (tmp_path / "half" / "index.html").read_text()

@@ -1,0 +1,63 @@
+"""Notebooks, library and README say the same; metadata is what the standards ask for."""
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+PAPER = sorted(Path(__file__).parents[1].glob("nbs/paper/*.ipynb"))
+ORDER = "manifest audio tasks words encoders backbones losses tuning embeddings probes geometry study report explorer cli".split()
+
+
+@pytest.fixture(scope="module")
+def fresh(repo, tmp_path_factory):
+    """A copy of what git tracks, its library deleted, exported and cleaned again."""
+    copy = tmp_path_factory.mktemp("sync") / "act"
+    subprocess.run(["git", "clone", "-q", repo, copy], check=True)
+    for path in (copy / "act").glob("*.py"):
+        if path.name != "__init__.py": path.unlink()
+    for command in ("nbdev_export", "nbdev_clean"): subprocess.run([Path(sys.executable).with_name(command)], cwd=copy, check=True)
+    return copy
+
+
+def test_library_is_what_the_notebooks_export(fresh):
+    changed = subprocess.run(["git", "status", "--porcelain"], cwd=fresh, capture_output=True, text=True, check=True).stdout
+    assert not changed, f"make sync, then commit:\n{changed}"
+
+
+def test_modules_import_only_from_their_left(repo):
+    for place, module in enumerate(ORDER):
+        source = (repo / "act" / f"{module}.py").read_text(encoding="utf-8")
+        used = set(re.findall(r"^\s*from (?:act)?\.(\w+) import", source, re.M))
+        assert used <= set(ORDER[:place]), f"act.{module} imports {used - set(ORDER[:place])}"
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda p: p.stem)
+def test_paper_notebooks_have_parameters_and_export_nothing(path):
+    cells = nbformat.read(path, 4).cells
+    assert sum("parameters" in c.metadata.get("tags", []) for c in cells) == 1
+    assert not any("#| export" in c.source for c in cells) and not any(c.get("outputs") for c in cells)
+    assert cells[0].source.startswith("# ")
+
+
+def test_citation_follows_the_standard(repo):
+    import jsonschema
+    schema = json.loads((repo / "tests" / "schemas" / "cff-1.2.0.json").read_text(encoding="utf-8"))
+    citation = yaml.load((repo / "CITATION.cff").read_text(encoding="utf-8"), yaml.BaseLoader)
+    jsonschema.validate(citation, schema)
+    assert "2309.11895" in json.dumps(citation["preferred-citation"])
+
+
+def test_reported_values_have_sources(repo):
+    from act.report import reported
+    reported(repo / "nbs" / "paper" / "reported.csv", "table_2")
+
+
+def test_committed_results_follow_from_their_records(repo):
+    from act.report import differing_tables
+    if not (repo / "results" / "small").is_dir(): pytest.skip("no committed results yet")
+    assert differing_tables(repo / "results" / "small") == []

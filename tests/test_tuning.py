@@ -1,0 +1,99 @@
+"""Tuning as processes see it: data-parallel runs, checkpoints, gradient caching, bad audio."""
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from act.backbones import load_backbone
+from act.tasks import load_task
+from act.tuning import Augment, TuneConfig, TuningError, tune
+
+CONFIG = TuneConfig(passes=2, batch=64, augment=None, lr=1e-3)
+SCRIPT = """
+import sys, torch
+from act.backbones import load_backbone
+from act.tasks import load_task
+from act.tuning import TuneConfig, default_fabric, tune
+torch.set_num_threads(1)
+fabric = default_fabric()
+config = TuneConfig(method=sys.argv[1], passes=2, batch=64, augment=None, lr=1e-3)
+tuned = tune(load_backbone("speech-embedding"), load_task("words-8"), config, fabric=fabric, progress=False)
+if fabric.is_global_zero: torch.save(tuned.backbone.state_dict(), sys.argv[2])
+fabric.barrier()
+"""
+
+
+def weights(backbone): return torch.cat([p.detach().flatten() for p in backbone.parameters()])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["contrastive", "vanilla"])
+def test_two_processes_tune_like_one(method, tmp_path):
+    """The same call under torchrun with two gloo processes ends with the weights of a single process."""
+    script = tmp_path / "job.py"
+    script.write_text(SCRIPT)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, method, tmp_path / "two.pt"], env=env, check=True)
+    two = load_backbone("speech-embedding")
+    two.load_state_dict(torch.load(tmp_path / "two.pt", weights_only=True))
+    one = tune(load_backbone("speech-embedding"), load_task("words-8"), replace(CONFIG, method=method), progress=False).backbone
+    moved = (weights(one) - weights(load_backbone("speech-embedding"))).norm()
+    assert (weights(one) - weights(two)).norm() < .02 * moved      # Adam magnifies the noise of summation order a little
+
+
+def test_gradient_caching_tunes_like_the_whole_batch():
+    task = load_task("words-8")
+    whole, parts = (tune(load_backbone("speech-embedding"), task, replace(CONFIG, micro_batch=m), progress=False) for m in (None, 16))
+    assert torch.allclose(torch.tensor(whole.log.loss), torch.tensor(parts.log.loss), atol=1e-3)
+    moved = (weights(whole.backbone) - weights(load_backbone("speech-embedding"))).norm()
+    assert (weights(whole.backbone) - weights(parts.backbone)).norm() < .02 * moved
+
+
+def test_not_a_number_names_the_step():
+    task = load_task("words-8")
+
+    class Broken(type(load_backbone("log-mel"))):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(()))
+
+        def frames(self, x, lengths):
+            h, counts = super().frames(x, lengths)
+            return h * self.scale * float("nan"), counts
+
+    with pytest.raises(TuningError, match="step 0"): tune(Broken(), task, CONFIG, progress=False)
+
+
+def test_killed_and_resumed_equals_uninterrupted(tmp_path):
+    """A process killed by SIGKILL between two checkpoints ends, resumed, where the uninterrupted one does."""
+    script = tmp_path / "job.py"
+    script.write_text(f"""
+import os, signal, sys, torch
+from act.backbones import load_backbone
+from act.tasks import load_task
+from act.tuning import TuneConfig, tune
+torch.set_num_threads(1)
+def kill(row, model):
+    if row["step"] == int(sys.argv[1]): os.kill(os.getpid(), signal.SIGKILL)
+config = TuneConfig(passes=2, batch=64, lr=1e-3, checkpoint_minutes=0)
+tuned = tune(load_backbone("speech-embedding"), load_task("words-8"), config, folder=sys.argv[2], progress=False, callback=kill)
+torch.save(tuned.backbone.state_dict(), sys.argv[3])
+""")
+    run = lambda at, folder, out: subprocess.run([sys.executable, script, str(at), tmp_path / folder, tmp_path / out]).returncode
+    assert run(-1, "a", "whole.pt") == 0
+    assert run(3, "b", "resumed.pt") == -9
+    assert run(-1, "b", "resumed.pt") == 0
+    whole, resumed = (torch.load(tmp_path / f, weights_only=True) for f in ("whole.pt", "resumed.pt"))
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+
+
+def test_views_differ_and_stay_finite():
+    torch.manual_seed(0)
+    from act.tuning import augmented
+    x, lengths = torch.randn(8, 4000) * .1, torch.full((8,), 4000)
+    a, b = (augmented(x, lengths, 16000, Augment())[0] for _ in range(2))
+    assert not torch.equal(a, b) and np.isfinite(a.numpy()).all()
