@@ -430,7 +430,7 @@ def _corrected(S, Y, guess, g):
     return guess.mT * g + S.mT @ v - hy.mT @ u
 
 # %% ../nbs/api/08_probes.ipynb #pro00056
-_ARMIJO, _ROUNDING, _MAX_HALVINGS = 1e-4, 1e-6, 30
+_ARMIJO, _ROUNDING, _SHRINK, _MAX_SHRINKS = 1e-4, 1e-6, (.01, .5), 30
 
 
 def _line_search(state, problems, direction, slope):
@@ -438,11 +438,11 @@ def _line_search(state, problems, direction, slope):
     step = torch.ones_like(slope)
     w = state.w + direction
     value, gradient = problems(w, state.which)
-    for _ in range(_MAX_HALVINGS):
-        allowed = state.value + _ARMIJO * step * slope + _ROUNDING * state.value
-        long = (value > allowed).nonzero()[:, 0]
+    for _ in range(_MAX_SHRINKS):
+        excess = value - state.value - step * slope
+        long = (excess > (_ARMIJO - 1) * step * slope + _ROUNDING * state.value).nonzero()[:, 0]
         if not len(long): break
-        step[long] /= 2
+        step[long] *= (-step * slope / (2 * excess))[long].nan_to_num(0).clamp(*_SHRINK)
         w[long] = state.w[long] + _column(step[long]) * direction[long]
         value[long], gradient[long] = problems(w[long], state.which[long])
     return w, value, gradient

@@ -42,15 +42,16 @@ def test_two_processes_tune_like_one(method, tmp_path):
     two.load_state_dict(torch.load(tmp_path / "two.pt", weights_only=True))
     one = tune(load_backbone("speech-embedding"), load_task("words-8"), replace(CONFIG, method=method), progress=False).backbone
     moved = (weights(one) - weights(load_backbone("speech-embedding"))).norm()
-    assert (weights(one) - weights(two)).norm() < .02 * moved      # Adam magnifies the noise of summation order a little
+    assert (weights(one) - weights(two)).norm() < .05 * moved      # Adam magnifies the noise of summation order
 
 
 def test_gradient_caching_tunes_like_the_whole_batch():
     task = load_task("words-8")
     whole, parts = (tune(load_backbone("speech-embedding"), task, replace(CONFIG, micro_batch=m), progress=False) for m in (None, 16))
-    assert torch.allclose(torch.tensor(whole.log.loss), torch.tensor(parts.log.loss), atol=1e-3)
+    assert np.allclose(whole.log.loss[:2], parts.log.loss[:2], rtol=1e-5)    # later, Adam magnifies the noise of summation order
+    assert np.allclose(whole.log.loss, parts.log.loss, rtol=5e-3)
     moved = (weights(whole.backbone) - weights(load_backbone("speech-embedding"))).norm()
-    assert (weights(whole.backbone) - weights(parts.backbone)).norm() < .02 * moved
+    assert (weights(whole.backbone) - weights(parts.backbone)).norm() < .05 * moved
 
 
 def test_not_a_number_names_the_step():
