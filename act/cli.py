@@ -8,7 +8,7 @@ __all__ = ['app', 'BYTES_PER_GB', 'AsJson', 'study_app', 'MINIMUM_FREE', 'main',
            'fetch', 'read_embeddings', 'probe', 'tune', 'status', 'doctor']
 
 # %% ../nbs/api/12_cli.ipynb #cli00003
-import ast, hashlib, html, json, os, shutil, sys, time
+import ast, hashlib, html, json, logging, os, shutil, sys, time
 from pathlib import Path
 from typing import List, Optional
 
@@ -125,6 +125,7 @@ def _own(notebook, parameters):
 
 def _run_notebook(notebook, out, parameters):
     import papermill
+    logging.getLogger("papermill.translators").setLevel(logging.ERROR)   # it only reads one-line assignments, and warns of others
     executed = out / "notebooks" / notebook.name
     executed.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
@@ -177,6 +178,14 @@ def _html(notebook):
     return HTMLExporter(exclude_input=False).from_filename(str(notebook))[0]
 
 
+def _artefacts(out):
+    "Every table and figure of a profile as one piece of HTML."
+    from nbconvert.filters import markdown2html
+    parts = [f"<h2 id='{p.stem}'>{p.stem}</h2>\n" + (markdown2html(p.read_text(encoding="utf-8")) if p.suffix == ".md" else f'<img src="{p.name}" alt="{p.stem}">')
+             for p in sorted(out.iterdir()) if p.suffix in (".md", ".svg") and p.stem != "README"]
+    return "\n".join(parts)
+
+
 def _line(name, o):
     link = f'<a href="notebooks/{name}.html">{name}</a>' if o["status"] != "failed" else name
     return f"<tr><td>{link}</td><td>{o['status']}</td><td>{o['seconds']:.0f}</td><td>{html.escape(o.get('error', ''))}</td></tr>"
@@ -202,11 +211,13 @@ def _write_report(out, profile, outcome):
     rows = "\n".join(_line(*item) for item in outcome.items())
     about = html.escape(json.dumps(provenance(), indent=1))
     return write_text(out / "index.html", f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>act: {profile}</title>
-<style>body{{font:16px/1.5 sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}}td,th{{text-align:left;padding:.2rem 1rem .2rem 0}}</style>
+<style>body{{font:16px/1.5 sans-serif;max-width:80rem;margin:2rem auto;padding:0 1rem}}td,th{{text-align:left;padding:.2rem 1rem .2rem 0}}img{{max-width:100%}}table{{font-size:.8em}}</style>
 <h1>Results of the profile {profile}</h1>
 <table><tr><th>notebook</th><th>status</th><th>seconds</th><th>why</th></tr>
 {rows}
-</table><h2>Provenance</h2><pre>{about}</pre></html>
+</table>
+{_artefacts(out)}
+<h2>Provenance</h2><pre>{about}</pre></html>
 """)
 
 # %% ../nbs/api/12_cli.ipynb #cli00019

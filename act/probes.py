@@ -861,7 +861,7 @@ def _spread(scores, classes, y):
     return wide
 
 # %% ../nbs/api/08_probes.ipynb #pro00099
-PENALTIES = tuple(float(f"{10 ** p:.2g}") for p in np.linspace(-4, 0, 8))
+PENALTIES = tuple(float(f"{10 ** p:.2g}") for p in np.linspace(-3, 2, 8))
 
 
 def dual_probe(train, valid, test, classes=None, Cs=PENALTIES, k=20, temperature=.07, n_resamples=1000):

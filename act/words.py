@@ -281,7 +281,7 @@ def words_task(n):
     return Task(f"words-{n}", list(clips), torch.tensor(labels), words, np.array(split), groups=np.array(groups), rate=SYNTH_RATE, licence=LICENCE)
 
 # %% ../nbs/api/03_words.ipynb #wor00035
-MIXTURES = dict(train=1200, valid=400, test=600)
+MIXTURES = dict(train=600, valid=200, test=400)
 
 
 def _mixture(split, index, words):
