@@ -17,6 +17,7 @@ import joblib
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import rankdata
 from tqdm import tqdm
 
 from .backbones import load_backbone
@@ -206,7 +207,15 @@ def _scores(dual, metric):
                 valid={p: {metric: _valid_score(getattr(dual, p), key)} for p, key in PROBES.items()})
 
 
-def _predictions(dual, multilabel): return None if multilabel else {p: getattr(dual, p).predictions.tolist() for p in PROBES}
+MOST_RANKS = 20_000      # clips times labels that a record holds
+
+
+def _compared(dual, labels):
+    """What a paired test needs: true labels and predictions of the test clips; for sets of labels the ranks (N, K) within each label, which are all that mAP depends on."""
+    if labels.ndim == 2 and labels.size > MOST_RANKS: return dict(truth=None, predictions=None)
+    said = {p: getattr(dual, p).predictions for p in PROBES}
+    if labels.ndim == 2: said = {p: rankdata(scores, "dense", axis=0).astype(int) for p, scores in said.items()}
+    return dict(truth=labels.astype(int).tolist(), predictions={p: found.tolist() for p, found in said.items()})
 
 
 def _tuned_embedding(run, task, folder, progress):
@@ -230,7 +239,7 @@ def _execute(run, work, progress=False):
     if not np.isfinite(z).all(): raise StudyError(f"{run}: the embedding holds NaN or infinity: lower lr")
     dual = dual_probe(*[(z[r], task.labels[r].numpy()) for r in rows.values()], classes=task.classes, n_resamples=0)
     metric = "mAP" if task.multilabel else "accuracy"
-    return dict(status="done", metric=metric, scores=_scores(dual, metric), predictions=_predictions(dual, task.multilabel), losses=losses,
+    return dict(status="done", metric=metric, scores=_scores(dual, metric), **_compared(dual, task.labels[rows["test"]].numpy()), losses=losses,
                 chosen={key: getattr(dual, p).chosen[key] for p, key in PROBES.items()}, clips={s: len(r) for s, r in rows.items()},
                 geometry=_geometry(torch.from_numpy(z[rows["test"]]), task.labels[rows["test"]]), embedding=Path(embedded.filename).stem,
                 task_digest=task.digest, timing=dict(tune=tuned_at - started, total=time.perf_counter() - started))
