@@ -9,7 +9,6 @@ __all__ = ['LORA_RANK', 'LORA_ALPHA', 'BackboneError', 'valid_frames', 'masked_m
            'HFSpectrogramTransformer', 'HFWhisper', 'HFClap', 'list_backbones']
 
 # %% ../nbs/api/04_backbones.ipynb #bac00003
-import difflib
 import functools
 import hashlib
 import importlib
@@ -33,7 +32,7 @@ from .encoders import (AISFX_HOP, AISFX_PEAK, AISFX_WINDOW, GE2E_HOP, GE2E_LOUDN
                           MelSpectrogram, MusiCNN, MusiCNNBackend, MusicVGG, SPEECH_STRIDE, SPEECH_WINDOW, aisfx_mel, aisfx_network,
                           ge2e_mel, ge2e_windows, musicnn_mel, read_aisfx_network, read_ge2e_network, read_music_vgg, read_musicnn,
                           read_speech_network, slaney_filters, speech_decibels, speech_mel, speech_network, unit_variance)
-from .manifest import ActError, cache_dir, weight_file
+from .manifest import ActError, cache_dir, near_matches, weight_file
 
 # %% ../nbs/api/04_backbones.ipynb #bac00005
 class BackboneError(ActError):
@@ -282,8 +281,7 @@ def _check_options(name, builder, groups, options):
 def _find_builder(name):
     for pattern, builder in _BUILDERS.items():
         if match := re.fullmatch(pattern, name): return builder, match.groups()
-    near = difflib.get_close_matches(name, _BUILDERS, 3, .4) or sorted(_BUILDERS)
-    raise BackboneError(f"no backbone {name!r}; did you mean {' or '.join(near)}? act.list_backbones() shows all")
+    raise BackboneError(f"no backbone {name!r}; did you mean {' or '.join(near_matches(name, _BUILDERS))}? act.list_backbones() shows all")
 
 # %% ../nbs/api/04_backbones.ipynb #bac00024
 class LogMel(Backbone):

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'LISTING', 'LOCK', 'BLOWUP', 'CHUNK', 'FULL', 'DAMAGED', 'RETRIES', 'PATIENCE', 'BLOCK', 'PROFILES',
-           'ActError', 'ManifestError', 'FetchError', 'Unavailable', 'load_manifest', 'manifest_entry', 'cache_dir',
-           'integrity', 'checksum', 'fetch', 'weight_file', 'names_of', 'list_entries', 'verify', 'fetch_many']
+           'ActError', 'ManifestError', 'FetchError', 'Unavailable', 'load_manifest', 'near_matches', 'manifest_entry',
+           'cache_dir', 'integrity', 'checksum', 'fetch', 'weight_file', 'names_of', 'list_entries', 'verify',
+           'fetch_many']
 
 # %% ../nbs/api/00_manifest.ipynb #man00003
 import bisect, contextlib, difflib, errno, fnmatch, functools, hashlib, io, itertools, lzma
@@ -76,6 +77,24 @@ def load_manifest(path=None):
     return _parse(str(path), path.stat().st_mtime_ns)
 
 # %% ../nbs/api/00_manifest.ipynb #man00011
+def near_matches(name, known):
+    """What someone who wrote `name` may have meant.
+
+    Parameters
+    ----------
+    name : str
+        A name that is not known.
+    known : iterable of str
+        The names that are.
+
+    Returns
+    -------
+    list of str
+        The three nearest at most, best first; all in alphabetical order when none is near.
+    """
+    return difflib.get_close_matches(name, known := sorted(known), n=3, cutoff=.4) or known
+
+
 def manifest_entry(name):
     """One entry of the manifest.
 
@@ -96,8 +115,7 @@ def manifest_entry(name):
     """
     entries = load_manifest()
     if name in entries: return entries[name]
-    near = difflib.get_close_matches(name, entries, n=3, cutoff=.4) or sorted(entries)
-    raise ManifestError(f"unknown entry {name!r}: did you mean {', '.join(near)}?")
+    raise ManifestError(f"unknown entry {name!r}: did you mean {', '.join(near_matches(name, entries))}?")
 
 # %% ../nbs/api/00_manifest.ipynb #man00016
 def cache_dir():

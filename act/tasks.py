@@ -8,7 +8,7 @@ __all__ = ['SPLITS', 'NAMED', 'FSDD_SPLIT', 'MIXTURES', 'MAX_MIXED', 'GAINS', 'M
            'list_tasks', 'split_groups', 'folder_task', 'csv_task']
 
 # %% ../nbs/api/02_tasks.ipynb #tas00003
-import difflib, hashlib, json, re
+import hashlib, json, re
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,7 +22,7 @@ import torch
 from sklearn.model_selection import train_test_split
 
 from .audio import AudioError, Clip, Mixture, WaveCache, audio_info
-from .manifest import ActError, checksum, fetch, list_entries, load_manifest
+from .manifest import ActError, checksum, fetch, list_entries, load_manifest, near_matches
 
 # %% ../nbs/api/02_tasks.ipynb #tas00006
 SPLITS = ("train", "valid", "test")
@@ -252,8 +252,7 @@ def load_task(name):
     """
     for pattern, (*_, loader) in _registered().items():
         if match := re.fullmatch(pattern, name): return replace(loader(*match.groups()), name=name)
-    shown = [s for s, *_ in _LOADERS.values()]
-    near = difflib.get_close_matches(name, shown, n=3, cutoff=.4) or shown
+    near = near_matches(name, [shown for shown, *_ in _LOADERS.values()])
     raise TaskError(f"unknown task {name!r}: did you mean {', '.join(near)}?")
 
 def list_tasks():

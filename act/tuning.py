@@ -9,7 +9,7 @@ __all__ = ['METHODS', 'PROJECTIONS', 'LINEAR_PROBE_STEPS', 'LINEAR_PROBE_DECAY',
 
 # %% ../nbs/api/06_tuning.ipynb #tun00003
 import json, math, os, sys, time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
