@@ -17,6 +17,7 @@ import filelock
 import numpy as np
 import soundfile as sf
 import torch
+import torch.nn.functional as F
 from scipy.signal import resample_poly
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -69,13 +70,24 @@ def _low_pass(source, target):
     return (np.sinc(t) * np.cos(np.clip(t / WIDTH, -1, 1) * np.pi / 2) ** 2 * base / (source * target)).astype(np.float32)
 
 # %% ../nbs/api/01_audio.ipynb #aud00010
+_BLOCK, _LARGEST = 64, 2 ** 20    # outputs in a block, at least; entries of a matrix, at most
+
+@functools.lru_cache(maxsize=32)
+def _taps(up, down):
+    """Matrix (n, m) from n inputs to a block of m outputs, the inputs it needs before the block, and from one block to the next."""
+    h, blocks = torch.from_numpy(_low_pass(down, up)) * up, math.ceil(_BLOCK / up)
+    half, m, step = len(h) // 2, blocks * up, blocks * down
+    before = half // up
+    at = half + down * torch.arange(m) - up * (torch.arange(step + 2 * before + 1)[:, None] - before)
+    return torch.where((at >= 0) & (at < len(h)), h[at.clamp(0, len(h) - 1)], 0.), before, step
+
 def resample(x, source, target):
     """Change the sampling rate.
 
     Parameters
     ----------
     x : Tensor (..., T)
-        Waveforms at `source` Hz, on the CPU.
+        Waveforms at `source` Hz.
     source, target : int
         Sampling rates in Hz.
 
@@ -90,8 +102,11 @@ def resample(x, source, target):
     """
     if source == target: return x
     g = math.gcd(source, target)
-    up, down = target // g, source // g
-    return torch.from_numpy(resample_poly(x.numpy(), up, down, axis=-1, window=_low_pass(down, up)))
+    up, down, T = target // g, source // g, x.shape[-1]
+    if up * down > _LARGEST: return torch.from_numpy(resample_poly(x.numpy(), up, down, axis=-1, window=_low_pass(down, up)))
+    taps, before, step = _taps(up, down)
+    x = F.pad(x, (before, before + 1 + -T % step)).unfold(-1, len(taps), step)          # (..., blocks, n)
+    return (x @ taps.to(x)).flatten(-2)[..., :math.ceil(T * up / down)]
 
 # %% ../nbs/api/01_audio.ipynb #aud00013
 def read_audio(path, rate=None, start=0., seconds=None):
