@@ -112,7 +112,7 @@ def _stamp(notebook, parameters):
     from act.manifest import load_manifest
     everything = tuple(sorted(p.stem for p in Path(act.__file__).parent.glob("*.py") if p.stem not in ("cli", "_modidx")))
     known = json.dumps([parameters, load_manifest(), os.environ.get("ACT_MIRROR")], sort_keys=True, default=str)
-    return hashlib.sha256(notebook.read_bytes() + (code_digest(everything) + known).encode()).hexdigest()
+    return hashlib.sha256(notebook.read_bytes() + (paper_folder() / "reported.csv").read_bytes() + (code_digest(everything) + known).encode()).hexdigest()
 
 
 def _own(notebook, parameters):

@@ -39,7 +39,7 @@ def first(tmp_path_factory):
 
 def test_one_command_writes_the_table(first):
     names = {p.name for p in (first / "tiny").iterdir()}
-    assert {"table_2_single_label.csv", "table_2_single_label.md", "table_2_single_label.tex", "figure_1_framework.svg", "index.html", "runs", "notebooks"} <= names
+    assert {"table_2_single_label.csv", "table_2_single_label_paired.csv", "table_2_single_label_paired.md", "table_2_single_label.md", "table_2_single_label.tex", "figure_1_framework.svg", "index.html", "runs", "notebooks"} <= names
     csv = (first / "tiny" / "table_2_single_label.csv").read_text()
     assert "words-4,speech-embedding,contrastive,knn" in csv
     assert "words-9999" in csv and "choose a number from" in csv           # left out by name, with the reason
