@@ -1,8 +1,8 @@
 """How fast a task is decoded into the waveform cache, and read back, against a plain loop over its files.
 
-    python benchmarks/data.py [--task asc40-mini] [--rate 8000] [--clips N] [--workers 2] [--repeats 3] [--json FILE]
+    python benchmarks/data.py [--task asc40-mini] [--rates 22050 8000 44100] [--clips N] [--workers N] [--repeats 3] [--json FILE]
 
-The peer is what one would write without this library: soundfile.read, then torchaudio.functional.resample, clip by clip. The repeats
+The first rate names the records; the others have it after an @. The peer is what one would write without this library: soundfile.read, then torchaudio.functional.resample, clip by clip. The repeats
 of ours and the peer alternate and the best of each counts, so that other work on the machine touches both alike.
 """
 import argparse
@@ -62,16 +62,20 @@ def measure(task, rate, n, workers, repeats):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--task", default="asc40-mini"); p.add_argument("--rate", type=int, default=8000, help="Hz; other than the recordings', so that there is something to resample")
-    p.add_argument("--clips", type=int); p.add_argument("--workers", type=int, default=2); p.add_argument("--repeats", type=int, default=3); p.add_argument("--json")
+    p.add_argument("--task", default="asc40-mini"); p.add_argument("--rates", type=int, nargs="+", default=[22050, 8000, 44100], help="Hz; other than the recordings', so that there is something to resample")
+    p.add_argument("--clips", type=int); p.add_argument("--workers", type=int, help="threads of ours; chosen by the library if not given"); p.add_argument("--repeats", type=int, default=3); p.add_argument("--json")
     a = p.parse_args()
     torch.set_num_threads(1)   # the peer's short convolutions are fastest so; ours runs its own threads
-    n, ours, peer, reading = measure(a.task, a.rate, a.clips, a.workers, a.repeats)
-    common = dict(device=f"cpu, {a.workers} threads", peer_name="soundfile + torchaudio.functional.resample, one clip after the other",
-                  unit="clips/s", higher_is_better=True, clips=n, rate=a.rate)
-    records = [dict(name=f"{what}/{a.task}", ours=n / t, peer=n / peer, ratio=peer / t, **common) for what, t in (("decode", ours), ("cache-read", reading))]
-    print(f"{'':24}{'ours':>12}{'peer':>12}{'ratio':>9}   ({n} clips at {a.rate} Hz, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores)")
-    for r in records: print(f"{r['name']:24}{r['ours']:>10.0f}/s{r['peer']:>10.0f}/s{r['ratio']:>9.1f}")
+    device, peer_name = f"cpu, {os.cpu_count()} cores", "soundfile + torchaudio.functional.resample, one clip after the other"
+    print(f"{'':28}{'ours':>12}{'peer':>12}{'ratio':>9}   (load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores)")
+    records = []
+    for rate in a.rates:
+        n, ours, peer, reading = measure(a.task, rate, a.clips, a.workers, a.repeats)
+        suffix = "" if rate == a.rates[0] else f"@{rate}"
+        for what, t in (("decode", ours), ("cache-read", reading)):
+            records.append(dict(name=f"{what}/{a.task}{suffix}", device=device, ours=n / t, peer=n / peer, peer_name=peer_name, ratio=peer / t,
+                                unit="clips/s", higher_is_better=True, clips=n, rate=rate))
+            print(f"{records[-1]['name']:28}{n / t:>10.0f}/s{n / peer:>10.0f}/s{peer / t:>9.1f}")
     if a.json:
         with open(a.json, "w") as f: json.dump(records, f, indent=1)
 
