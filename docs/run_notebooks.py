@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -132,19 +133,24 @@ def stale(path, outputs):
     return list(difflib.unified_diff(*lines, f"{path.name} on disk", f"{path.name} today", lineterm="", n=1))
 
 
+def run_one(path, check):
+    """Run one notebook; whether its outputs on disk are of today."""
+    os.environ["IN_TEST"], outputs = "1", execute(path)
+    difference = stale(path, outputs) if check else []
+    print("\n".join(difference[:40]), end="\n" if difference else "")
+    if not check:
+        write_nb(_with_outputs(path, outputs), path)
+        _remember(path)
+    print(f"{'checked' if check else 'executed'} {path.relative_to(REPO)}", flush=True)
+    return not difference
+
+
 def main(paths, check):
-    """Run them one by one; returns the exit status."""
-    os.environ["IN_TEST"], failed = "1", []
-    for path in paths:
-        outputs = execute(path)
-        if check and (difference := stale(path, outputs)):
-            failed.append(path.name)
-            print("\n".join(difference[:40]))
-        if not check:
-            write_nb(_with_outputs(path, outputs), path)
-            _remember(path)
-        print(f"{'checked' if check else 'executed'} {path.relative_to(REPO)}", flush=True)
-    if failed: print(f"out of date: {', '.join(failed)}; run `make notebooks`")
+    """Run them one by one, each in a process of its own, as pages change torch's defaults and the environment; returns the exit status."""
+    if len(paths) == 1: return not run_one(paths[0], check)
+    command = [sys.executable, __file__] + ["--check"] * check
+    failed = [p.name for p in paths if subprocess.run([*command, p]).returncode]
+    if failed: print(f"failed or out of date: {', '.join(failed)}; run `make notebooks`")
     return bool(failed)
 
 
