@@ -147,6 +147,7 @@ def run_one(path, check):
 
 def main(paths, check):
     """Run them one by one, each in a process of its own, as pages change torch's defaults and the environment; returns the exit status."""
+    os.environ["OMP_NUM_THREADS"] = "1"                                               # sums in one order, however many cores there are
     if len(paths) == 1: return not run_one(paths[0], check)
     command = [sys.executable, __file__] + ["--check"] * check
     failed = [p.name for p in paths if subprocess.run([*command, p]).returncode]
