@@ -362,9 +362,23 @@ def probe(embeddings: Path = typer.Argument(..., help="An .npz with embeddings, 
 
 # %% ../nbs/api/12_cli.ipynb #cli00029
 def _task_of(where):
-    from act.tasks import csv_task, folder_task, load_task
+    from act.tasks import TaskError, csv_task, folder_task, load_task
     if where.suffix == ".csv": return csv_task(where)
-    return folder_task(where) if where.is_dir() else load_task(str(where))
+    if where.is_dir(): return folder_task(where)
+    try: return load_task(str(where))
+    except TaskError as e: raise TaskError(f"{where} is neither a folder nor a .csv here, and as a task: {e}") from None
+
+
+def _announce_task(task):
+    "What was found, before anybody waits for it."
+    sides = ", ".join(f"{len(task.indices(s))} {use}" for s, use in (("train", "to tune on"), ("valid", "to choose by"), ("test", "to test on")))
+    typer.echo(f"{task.name}: {len(task)} clips of {task.n_classes} classes; {sides}")
+
+
+def _check_loss(loss):
+    from act.losses import CLASSIFICATION_LOSSES, LOSSES
+    known = [*LOSSES, *CLASSIFICATION_LOSSES]
+    if loss and loss not in known: raise ActError(f"no loss {loss!r}: choose one of {', '.join(known)}")
 
 
 def _dual(backbone, task):
@@ -391,14 +405,16 @@ def tune(where: Path = typer.Argument(..., help="A folder with a sub-folder a cl
     from act.backbones import load_backbone
     from act.study import provenance
     from act.tuning import TuneConfig, tune as tune_encoder
+    _check_loss(loss)
     config, task, encoder = TuneConfig(method=method, loss=loss, passes=passes, lr=lr, seed=seed), _task_of(where), load_backbone(backbone)
+    if not as_json: _announce_task(task)
     before = _dual(encoder, task)
     after = _dual(tune_encoder(encoder, task, config).backbone, task)
     card = {"Task": dict(name=task.name, clips=len(task), classes=task.n_classes, licence=task.licence), "Before tuning": before._repr_markdown_(),
             "After tuning": after._repr_markdown_(), "Tuning": {k: str(v) for k, v in vars(config).items()}, "Environment": provenance()}
     encoder.save_pretrained(out, card)
     if as_json: return typer.echo(json.dumps(dict(saved=str(out), before=before.linear.metrics, after=after.linear.metrics, knn_before=before.knn.metrics, knn_after=after.knn.metrics)))
-    typer.echo(f"before\n\n{before._repr_markdown_()}\n\nafter {method} tuning\n\n{after._repr_markdown_()}\n\nsaved to {out}: act.load_backbone({str(out)!r})")
+    typer.echo(f"before\n\n{before._repr_markdown_()}\n\nafter {method} tuning\n\n{after._repr_markdown_()}\n\nThe tuned encoder and its card (README.md) are in {out}; in Python: act.load_backbone({str(out)!r})")
 
 # %% ../nbs/api/12_cli.ipynb #cli00032
 study_app = typer.Typer(help="Look into a folder of run records.", no_args_is_help=True)

@@ -2,12 +2,17 @@
 
 Cells are run as nbdev_test runs them (`#| eval: false`, slow and cuda cells are skipped), in the notebook's folder.
 With `--check` nothing is written: the exit status says whether the outputs on disk are what the code prints today.
+`docs/outputs.json` keeps a hash of the code that made each page's outputs; `out_of_date` compares it without running anything.
 """
 import argparse
+import ast
 import contextlib
 import difflib
+import hashlib
+import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -21,6 +26,52 @@ from nbdev.process import NBProcessor
 REPO = Path(__file__).parents[1]
 BAR = re.compile(r"[^\n]*\r[^\n]*\n?")                                                # what a progress bar leaves in a stream
 ADDRESS = re.compile(r"0x[0-9a-f]+")
+STAMPS = REPO / "docs" / "outputs.json"
+
+
+def shown_notebooks():
+    """The notebooks that keep their outputs: the library's, the guides and the front page."""
+    return [*sorted((REPO / "nbs").glob("api/*.ipynb")), *sorted((REPO / "nbs").glob("guides/*.ipynb")), REPO / "nbs" / "index.ipynb"]
+
+
+def _without_docstrings(source):
+    """What Python executes of a module, as text: neither comments nor docstrings nor layout."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(getattr(body[0].value, "value", None), str): del body[0]
+    return ast.unparse(tree)
+
+
+def _modules_behind(source, found=frozenset()):
+    """The modules of `act` that a source imports, and those that they import."""
+    for name in sorted(set(re.findall(r"^\s*from (?:act)?\.(\w+) import", source, re.M)) - found):
+        path = REPO / "act" / f"{name}.py"
+        if path.exists() and name not in found: found = _modules_behind(path.read_text(encoding="utf-8"), found | {name})
+    return found
+
+
+def stamp(path):
+    """SHA-256 of the code that a notebook's outputs follow from: its own cells and the modules behind them."""
+    own = "\n".join(c.source for c in read_nb(path).cells if c.cell_type == "code")
+    behind = {name: _without_docstrings((REPO / "act" / f"{name}.py").read_text(encoding="utf-8")) for name in sorted(_modules_behind(own))}
+    return hashlib.sha256(json.dumps([own, behind]).encode()).hexdigest()
+
+
+def _name(path): return path.resolve().relative_to(REPO).as_posix()
+
+
+def _stamps(): return json.loads(STAMPS.read_text()) if STAMPS.exists() else {}
+
+
+def _remember(path):
+    STAMPS.write_text(json.dumps(_stamps() | {_name(path): stamp(path)}, indent=1, sort_keys=True) + "\n")
+
+
+def out_of_date():
+    """The notebooks whose code, or the library behind it, changed since their outputs were made."""
+    stamps = _stamps()
+    return [_name(p) for p in shown_notebooks() if stamps.get(_name(p)) != stamp(p)]
 
 
 def _skipped(flags):
@@ -82,17 +133,25 @@ def stale(path, outputs):
     return list(difflib.unified_diff(*lines, f"{path.name} on disk", f"{path.name} today", lineterm="", n=1))
 
 
+def run_one(path, check):
+    """Run one notebook; whether its outputs on disk are of today."""
+    os.environ["IN_TEST"], outputs = "1", execute(path)
+    difference = stale(path, outputs) if check else []
+    print("\n".join(difference[:40]), end="\n" if difference else "")
+    if not check:
+        write_nb(_with_outputs(path, outputs), path)
+        _remember(path)
+    print(f"{'checked' if check else 'executed'} {path.relative_to(REPO)}", flush=True)
+    return not difference
+
+
 def main(paths, check):
-    """Run them one by one; returns the exit status."""
-    os.environ["IN_TEST"], failed = "1", []
-    for path in paths:
-        outputs = execute(path)
-        if check and (difference := stale(path, outputs)):
-            failed.append(path.name)
-            print("\n".join(difference[:40]))
-        if not check: write_nb(_with_outputs(path, outputs), path)
-        print(f"{'checked' if check else 'executed'} {path.relative_to(REPO)}", flush=True)
-    if failed: print(f"out of date: {', '.join(failed)}; run `make notebooks`")
+    """Run them one by one, each in a process of its own, as pages change torch's defaults and the environment; returns the exit status."""
+    os.environ["OMP_NUM_THREADS"] = "1"                                               # sums in one order, however many cores there are
+    if len(paths) == 1: return not run_one(paths[0], check)
+    command = [sys.executable, __file__] + ["--check"] * check
+    failed = [p.name for p in paths if subprocess.run([*command, p]).returncode]
+    if failed: print(f"failed or out of date: {', '.join(failed)}; run `make notebooks`")
     return bool(failed)
 
 
@@ -101,5 +160,5 @@ if __name__ == "__main__":
     parser.add_argument("notebooks", nargs="*", type=Path, help="the library's, the guides and the front page by default")
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    chosen = [p.resolve() for p in options.notebooks] or [*sorted((REPO / "nbs").glob("api/*.ipynb")), *sorted((REPO / "nbs").glob("guides/*.ipynb")), REPO / "nbs" / "index.ipynb"]
+    chosen = [p.resolve() for p in options.notebooks] or shown_notebooks()
     sys.exit(main(chosen, options.check))

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import textwrap
@@ -148,6 +149,24 @@ def test_changed_output_is_stale(tmp_path):
     path.write_text(json.dumps(dict(cells=[cell], metadata={}, nbformat=4, nbformat_minor=5)))
     assert not stale(path, {"one": [dict(output_type="stream", name="stdout", text="1\n")]})
     assert "+2" in stale(path, {"one": [dict(output_type="stream", name="stdout", text="2\n")]})
+
+
+def test_outputs_were_made_by_the_code_of_today():
+    from run_notebooks import out_of_date
+    assert not (old := out_of_date()), f"run `make notebooks`: {', '.join(old)}"
+
+
+def test_changed_code_puts_outputs_out_of_date(tmp_path, monkeypatch):
+    import run_notebooks
+    for part in ("act", "nbs", "docs"): shutil.copytree(REPO / part, tmp_path / part, ignore=shutil.ignore_patterns("_build", "__pycache__"))
+    monkeypatch.setattr(run_notebooks, "REPO", tmp_path)
+    monkeypatch.setattr(run_notebooks, "STAMPS", tmp_path / "docs" / "outputs.json")
+    before, losses = set(run_notebooks.out_of_date()), tmp_path / "act" / "losses.py"
+    losses.write_text("# a remark\n" + losses.read_text(encoding="utf-8"), encoding="utf-8")
+    assert set(run_notebooks.out_of_date()) == before
+    losses.write_text(losses.read_text(encoding="utf-8") + "\nCHANGED = 1\n", encoding="utf-8")
+    changed = set(run_notebooks.out_of_date())
+    assert {"nbs/api/06_tuning.ipynb", "nbs/guides/first_steps.ipynb", "nbs/index.ipynb"} <= changed and ("nbs/api/01_audio.ipynb" in changed) == ("nbs/api/01_audio.ipynb" in before)
 
 
 # --- the guides ---------------------------------------------------------------------------------------------------------
@@ -432,3 +451,59 @@ def test_explorer_works_by_keyboard_alone(maps):
     maps.switch_to.active_element.send_keys(Keys.ENTER)
     until(lambda: shown(maps, "document.querySelector('audio').currentTime") > 0)
     assert shown(maps, name)
+
+
+# --- in JupyterLab ------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def lab(tmp_path):
+    """The address of a JupyterLab on a notebook that shows the explorer of four words, without tuning anything."""
+    import nbformat
+    cells = ["import numpy as np\nfrom act.tasks import load_task\nfrom act.explorer import Explorer, explorer_data",
+             "task = load_task('words-4')\ntask = task.subset(task.indices('test'))\nmeans, draw = np.eye(4, 16)[task.labels], np.random.default_rng(0)\n"
+             "Explorer(data=explorer_data(task, dict(frozen=draw.standard_normal(means.shape), tuned=means + .1 * draw.standard_normal(means.shape))))"]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells], metadata=kernel), tmp_path / "maps.ipynb")
+    with socket.create_server(("127.0.0.1", 0)) as free: port = free.getsockname()[1]
+    own = {f"JUPYTER_{kind}_DIR": str(tmp_path / kind.lower()) for kind in ("CONFIG", "DATA", "RUNTIME")} | {"JUPYTERLAB_WORKSPACES_DIR": str(tmp_path / "workspaces")}
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--IdentityProvider.token=", f"--ServerApp.root_dir={tmp_path}",
+               "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    with open(tmp_path / "log", "w") as log, subprocess.Popen(command, env={**os.environ, **own}, stdout=log, stderr=log) as server:
+        try:
+            until(lambda: _listens(port) or server.poll() is not None, 60)
+            assert server.poll() is None, (tmp_path / "log").read_text()[-2000:]
+            yield f"http://127.0.0.1:{port}/lab/tree/maps.ipynb"
+        finally: server.terminate()
+
+
+def _listens(port):
+    with socket.socket() as s: return s.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_explorer_is_a_widget_in_jupyterlab(browser, lab):
+    complaints(browser, lab)
+    browser.get(lab)
+    session = "[...window.jupyterapp?.shell.widgets('main') ?? []][0]?.sessionContext"
+    until(lambda: shown(browser, f"{session}?.isReady && {session}.session?.kernel?.status === 'idle'"), 60)        # else it asks for a kernel
+    browser.execute_script("jupyterapp.commands.execute('notebook:run-all-cells')")
+    until(lambda: browser.find_elements("css selector", ".jp-OutputArea .act-explorer .after circle"), 120)
+    assert not browser.find_elements("css selector", ".jp-OutputArea iframe.explorer")              # the widget, not the static page
+    assert_player_follows_clicks(browser)
+    assert not [c for c in complaints(browser, lab) if not c.startswith("request to")]
+
+
+def assert_player_follows_clicks(browser):
+    """Filter by the second class, click one of its clips, and hear it."""
+    dots, away = browser.find_elements("css selector", ".before circle"), "document.querySelectorAll('.after circle.away').length"
+    chip = browser.find_elements("css selector", ".classes button")[2]
+    chip.click()
+    assert shown(browser, away) == len(dots) - sum(d.get_attribute("aria-label") == chip.text for d in dots) > 0
+    assert not browser.find_element("css selector", ".detail img").is_displayed()
+    dot = next(d for d in dots if "away" not in (d.get_attribute("class") or ""))
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", dot)
+    dot.click()
+    until(lambda: shown(browser, "document.querySelector('.act-explorer audio').currentTime > 0"))
+    assert all(browser.find_element("css selector", f".detail {part}").is_displayed() for part in ("audio", "img"))
+    assert shown(browser, "document.querySelector('.detail .name').textContent").startswith(chip.text)
