@@ -86,12 +86,26 @@ def executed_paper_notebook(source, results=RESULTS):
     return next((r for r in runs if r.exists()), source)
 
 
+def committed_artefacts(stem, results=RESULTS):
+    """The committed tables (Markdown) and figures (SVG) of a paper notebook."""
+    prefix = "_".join(stem.split("_")[:2])
+    return [p for profile in SHOWN_PROFILES for p in sorted((results / profile).glob(f"{prefix}[._]*")) if p.suffix in (".md", ".svg")]
+
+
+def picture_name(path): return f"{path.parent.name}-{path.name}"
+
+
+def _artefact(path):
+    if path.suffix == ".svg": return f"![{path.stem.replace('_', ' ')}, profile {path.parent.name}]({picture_name(path)})"
+    return path.read_text(encoding="utf-8").strip()
+
+
 def paper_note(source, results=RESULTS):
-    """What stands below the title of a paper page: which run it shows, or the table without one, or how to get either."""
+    """What stands below the title of a paper page: which run it shows, or the artefacts without one, or how to get either."""
     run = executed_paper_notebook(source, results)
     if run != source: return f"*Shown: the committed run of the profile `{run.parents[1].name}`.*"
-    command = f"make reproduce PROFILE=small ONLY={source.stem}"
-    if (results / "small" / f"{source.stem}.md").exists(): return f"{committed_table(source.stem, results)}\n\n*The cells below are shown without their outputs; `{command}` runs them.*"
+    command, found = f"make reproduce PROFILE=small ONLY={source.stem}", committed_artefacts(source.stem, results)
+    if found: return "\n\n".join([*map(_artefact, found), f"*The cells below are shown without their outputs; `{command}` runs them.*"])
     return f"*Shown without outputs: no run of it is committed yet. `{command}` makes one.*"
 
 
@@ -229,6 +243,8 @@ def write_pages(pages):
         paper = path.parent.name == "paper"
         write_page(executed_paper_notebook(path) if paper else path, pages / path.relative_to(NBS), path.parent.relative_to(REPO).as_posix(), names,
                    paper_note(path) if paper else "")
+    for path in RESULTS.glob("*/*.svg"):
+        if path.parent.name in SHOWN_PROFILES: shutil.copy(path, pages / "paper" / picture_name(path))
     write_reference(pages / "reference", names)
     cited = (REPO / "references.bib").exists()
     if cited: write_bibliography(pages)
