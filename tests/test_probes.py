@@ -1,4 +1,6 @@
 """Probes: parity with scikit-learn, determinism, neighbours with ties, metrics and intervals, scaling, faults."""
+import json
+import os
 import subprocess
 import sys
 
@@ -257,3 +259,13 @@ def test_ten_times_the_clips(small, large):
         return min(int(kb) for kb, _ in out) / 1024 - sum(sizes) * 64 * 4 / 2 ** 20, min(float(s) for _, s in out)
     (memory, time), (more_memory, more_time) = measure(small), measure(large)
     assert more_memory < 1.2 * memory and more_time < 10.5 * time
+
+
+@pytest.mark.slow
+def test_ten_times_the_clips_to_embed(repo, tmp_path):
+    """At most 1.2 times the memory beside the mapped files: clips, lengths and batches included, the libraries left out."""
+    def memory(clips):
+        child = json.dumps(["embed", "log-mel", clips, "words-10", "cpu"])
+        run = [sys.executable, repo / "benchmarks/embeddings.py", "--child", child]
+        return json.loads(subprocess.run(run, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | {"ACT_CACHE": str(tmp_path)}).stdout.splitlines()[-1])[1]
+    assert memory(3400) < 1.2 * memory(340)

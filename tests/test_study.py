@@ -2,14 +2,19 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+from act.manifest import cache_dir, weight_file
 from act.study import Run, Store, execute, execute_all
+
+WEIGHTS = "speech-embedding"
 
 STUDY = """
 import sys
@@ -28,13 +33,12 @@ def measured(folder):
 
 
 @pytest.fixture
-def own_cache(tmp_path, monkeypatch):
-    """A cache of its own for a study, weights linked from the shared one."""
-    from act.manifest import cache_dir
-    shared, own = cache_dir(), tmp_path / "cache"
+def own_cache(tmp_path):
+    """The environment of a study with a cache of its own; only the weights are linked from the shared one."""
+    weights, own = weight_file(WEIGHTS).parent, tmp_path / "cache"
+    while weights.parent != cache_dir(): weights = weights.parent
     own.mkdir()
-    for part in ("speech-embedding", "data", "weights", "waves"):
-        if (shared / part).exists(): (own / part).symlink_to(shared / part)
+    (own / weights.name).symlink_to(weights)
     return {**os.environ, "ACT_CACHE": str(own), "OMP_NUM_THREADS": "1"}
 
 
@@ -76,3 +80,133 @@ def test_finished_runs_are_not_done_again(tmp_path):
     started = time.perf_counter()
     assert execute(run, store) == json.loads(store.path(first["key"]).read_text())
     assert time.perf_counter() - started < 1
+
+
+FAULTY = """
+import json, resource, sys, time
+from pathlib import Path
+from act.study import Run, Store, execute_all
+small = dict(passes=1, batch=64)
+run = lambda method, **options: Run("words-4", "speech-embedding", method, 0, small | options)
+study = lambda runs, folder, jobs=1: execute_all(runs, Store(folder), jobs=jobs, progress=False)
+"""
+
+
+def script(code, env, *args, **how):
+    """A process that runs `code` after the lines above."""
+    return subprocess.Popen([sys.executable, "-c", FAULTY + code, *map(str, args)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how)
+
+
+def ended(process):
+    """How a process ended: its code, and the last line that it printed, or the last that names an error."""
+    out, err = process.communicate()
+    return process.returncode, (out.splitlines() if process.returncode == 0 else [line for line in err.splitlines() if "Error: " in line] or [err])[-1]
+
+
+def only_whole_records(folder):
+    """The records of a store, after a look that nothing else lies in it."""
+    assert [p.name for p in folder.iterdir() if p.suffix != ".json"] == []
+    return [json.loads(p.read_text()) for p in folder.glob("*.json")]
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A small disk of its own: `disk(size)` mounts it, and again with another size changes it."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def sized(size):
+        how = ["-o", f"remount,size={size}"] if folder.is_mount() else ["-t", "tmpfs", "-o", f"size={size}", "tmpfs"]
+        if subprocess.run(["mount", *how, folder], capture_output=True).returncode: pytest.skip("a full disk not tested: mounting one needs root")
+        return folder
+
+    yield sized
+    if folder.is_mount(): subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_nan_loss_names_the_step_and_the_remedy(tmp_path):
+    options = dict(passes=3, batch=64)
+    runs = [Run("words-4", "speech-embedding", "vanilla", 0, options | more) for more in ({}, dict(lr=1e6, clip=1e6))] + [Run("words-4", "log-mel")]
+    good, bad, last = execute_all(runs, Store(tmp_path), jobs=1, progress=False)
+    assert [r["status"] for r in (good, bad, last)] == ["done", "failed", "done"]
+    assert re.search(r"loss became nan at step \d+: lower lr", bad["error"]) and "\n" not in bad["error"]
+
+
+def test_out_of_memory_is_recorded_and_the_others_go_on(tmp_path, own_cache):
+    """Real: the process may use 1 GB more than it has, and one of its runs wants that for a single spectrogram."""
+    code = """
+in_use = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData"))
+resource.setrlimit(resource.RLIMIT_DATA, (1024 * in_use + 2 ** 30,) * 2)
+records = study([run("vanilla"), run("contrastive", views=8000), run("lp-ft"), Run("words-4", "log-mel")], sys.argv[1])
+print(json.dumps([(r["status"], r.get("error")) for r in records]))
+"""
+    code, said = ended(script(code, own_cache, tmp_path / "store"))
+    assert code == 0, said
+    (good, _), (failed, error), *others = json.loads(said)
+    assert (good, failed, [o for o, _ in others]) == ("done", "failed", ["done"] * 2)
+    assert error.startswith("out of memory: lower batch") and "\n" not in error
+    assert sorted(r["status"] for r in only_whole_records(tmp_path / "store")) == ["done"] * 3 + ["failed"]
+
+
+def test_store_that_cannot_grow_says_so_and_holds_nothing_half_written(tmp_path, own_cache):
+    code = """
+runs = [run("vanilla"), Run("words-4", "log-mel")]
+study(runs, sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))      # writing beyond it fails as on a full disk
+study(runs[1:], sys.argv[2])
+"""
+    code, said = ended(script(code, own_cache, tmp_path / "wide", tmp_path / "full"))
+    assert code == 1 and said == f"act.study.StudyError: the disk of {tmp_path / 'full'} is full: make room and run again; the records in it are kept"
+    assert only_whole_records(tmp_path / "full") == [] and len(only_whole_records(tmp_path / "wide")) == 2
+
+
+THREE = "study([Run('words-4', 'log-mel'), run('vanilla'), run('lp-ft')], sys.argv[1])"
+
+
+def test_full_disk_under_the_store(tmp_path, own_cache, disk):
+    """It holds one record; the same study on a larger disk does the other two."""
+    store = disk("4k") / "store"
+    code, said = ended(script(THREE, own_cache, store))
+    assert code == 1 and "StudyError" in said and "is full: make room and run again" in said
+    before = {p: p.stat().st_mtime_ns for p in store.glob("*.json")}
+    assert [r["status"] for r in only_whole_records(store)] == ["done"] and len(before) == 1
+    disk("4m")
+    assert ended(script(THREE + "; print('all')", own_cache, store)) == (0, "all")
+    assert [r["status"] for r in only_whole_records(store)] == ["done"] * 3 and all(p.stat().st_mtime_ns == t for p, t in before.items())
+
+
+@pytest.mark.slow
+def test_full_disk_under_the_cache(tmp_path, own_cache, disk):
+    """First too small for the waveforms, then for the second embedding; the end is that of a disk with room."""
+    store, cache = tmp_path / "store", disk("1m")
+    (cache / WEIGHTS).symlink_to((tmp_path / "cache" / WEIGHTS).resolve())
+    env, statuses = own_cache | {"ACT_CACHE": str(cache)}, lambda: sorted(r["status"] for r in only_whole_records(store))
+    assert ended(script(THREE + "; print('all')", env, store)) == (0, "all")
+    assert statuses() == ["failed"] * 3 and all(r["error"].startswith("the disk is full: make room") for r in only_whole_records(store))
+    assert list((cache / "waves").glob("*.f32")) + list((cache / "waves").glob("*.part")) == []
+    disk("64m")
+    fill = "study([Run('words-4', 'log-mel')], sys.argv[1]); room = __import__('shutil').disk_usage(sys.argv[2]).free; Path(sys.argv[2], 'filler').write_bytes(bytes(room)); "
+    assert ended(script(fill + THREE + "; print('all')", env, store, cache)) == (0, "all")
+    assert statuses() == ["done", "failed", "failed"]
+    (cache / "filler").unlink()
+    assert ended(script(THREE + "; print('all')", env, store)) == (0, "all") and statuses() == ["done"] * 3
+
+
+def workers_of(pid):
+    """The joblib processes below a process."""
+    below = [int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
+    return [p for p in below if b"LokyProcess" in Path(f"/proc/{p}/cmdline").read_bytes()]
+
+
+@pytest.mark.slow
+def test_a_killed_worker_ends_the_study_with_a_clear_message(tmp_path, own_cache):
+    """As the kernel does it when memory runs out."""
+    code, store = "study([run(m, passes=p) for p in (1, 40) for m in ('vanilla', 'lp-ft')], sys.argv[1], 2); print('all')", tmp_path / "store"
+    process = script(code, own_cache, store)
+    while not list(store.glob("*.json")): time.sleep(.05)
+    os.kill(workers_of(process.pid)[0], signal.SIGKILL)
+    code_of_it, said = ended(process)
+    assert code_of_it == 1 and re.search(r"StudyError: a worker process was ended by SIGKILL.* [12] of 4 runs are finished and kept; run again", said)
+    before = {p: p.stat().st_mtime_ns for p in store.glob("*.json")}
+    assert ended(script(code, own_cache, store)) == (0, "all")
+    assert [r["status"] for r in only_whole_records(store)] == ["done"] * 4 and all(p.stat().st_mtime_ns == t for p, t in before.items())
