@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FROZEN', 'CODE', 'PACKAGES', 'OUTSIDE', 'StudyError', 'Run', 'code_digest', 'run_key', 'Store', 'provenance',
-           'execute', 'run_embedding', 'default_jobs', 'execute_all', 'validation_score', 'compare']
+           'execute', 'run_embedding', 'default_jobs', 'execute_all', 'validation_score', 'trial_runs', 'compare']
 
 # %% ../nbs/api/10_study.ipynb #stu00003
 import ast, errno, hashlib, importlib, importlib.metadata, json, os, platform, re, shutil, subprocess, sys, time, traceback
@@ -127,6 +127,12 @@ def run_key(run):
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
 
 # %% ../nbs/api/10_study.ipynb #stu00015
+def _as_text(record):
+    "JSON with every list of plain values on one line; a line break in a string is escaped, so the pattern meets none."
+    text = json.dumps(record, indent=1, sort_keys=True)
+    return re.sub(r"\[\n\s*[^][{}]+?\n\s*\]", lambda found: re.sub(r"\n\s*", "", found[0]), text) + "\n"
+
+
 class Store:
     """Records of finished and failed runs.
 
@@ -155,7 +161,7 @@ class Store:
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            temporary.write_text(_as_text(record), encoding="utf-8")
             os.replace(temporary, path)
         except OSError as e:
             if e.errno not in FULL: raise
@@ -390,6 +396,25 @@ def validation_score(record):
     return float(np.mean([record["scores"]["valid"][p][record["metric"]] for p in ("linear", "knn")]))
 
 
+def trial_runs(task, backbone, methods, trials, seed=0):
+    """The runs among which each method chooses.
+
+    Parameters
+    ----------
+    task, backbone, methods, trials
+        As for `compare`.
+    seed : int
+        Of all of them.
+
+    Returns
+    -------
+    dict of str to list of Run
+        Column name to its trials; one alone for ``frozen``.
+    """
+    return {name: [Run(task, backbone, method, seed, {**options, **t}) for t in (trials if method != FROZEN else [{}])]
+            for name, (method, options) in methods.items()}
+
+
 def compare(task, backbone, methods, trials, seeds, store, jobs=None, progress=True):
     """Tune by every method with equal trials, and repeat the chosen one over seeds.
 
@@ -415,8 +440,7 @@ def compare(task, backbone, methods, trials, seeds, store, jobs=None, progress=T
     dict of str to list of dict
         Column name to its records, one a seed (one alone for ``frozen``).
     """
-    grid = {name: [Run(task, backbone, method, seeds[0], {**options, **t}) for t in (trials if method != FROZEN else [{}])]
-            for name, (method, options) in methods.items()}
+    grid = trial_runs(task, backbone, methods, trials, seeds[0])
     tried = list(dict.fromkeys(r for runs in grid.values() for r in runs))
     record = dict(zip(tried, execute_all(tried, store, jobs, progress)))
     best = {name: max(runs, key=lambda r: validation_score(record[r])) for name, runs in grid.items()}
