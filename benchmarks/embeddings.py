@@ -15,15 +15,17 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from act.backbones import load_backbone
 from act.embeddings import embed
 from act.probes import KNNProbe
-from act.tasks import load_task
+from act.tasks import SPLITS, Task
 
 
 def own_bytes():
@@ -46,10 +48,23 @@ def cost(work, before):
     return time.perf_counter() - start, max(most)
 
 
-def embedding(name, clips, task, device):
-    """Embed `clips` clips of a task; more than it has means that it is repeated."""
-    before, task, backbone = own_bytes(), load_task(task), load_backbone(name)
-    task = task.subset([i % len(task) for i in range(clips)])
+@dataclass(frozen=True)
+class Noise:
+    """A clip of a third of a second to one second, as long as words are, that costs nothing to make."""
+    index: int
+
+    @property
+    def key(self): return f"noise {self.index}"
+
+    def load(self, rate): return torch.randn(rate * (50 + self.index * 37 % 100) // 150, generator=torch.Generator().manual_seed(self.index))
+
+
+def noises(n): return Task(f"noise-{n}", [Noise(i) for i in range(n)], torch.arange(n) % 2, ("even", "odd"), np.array(SPLITS)[np.arange(n) % len(SPLITS)], source="noise")
+
+
+def embedding(name, clips, device):
+    """Embed so many clips, decoded before."""
+    before, task, backbone = own_bytes(), noises(clips), load_backbone(name)
     task.waveforms(backbone.rate)
     with tempfile.TemporaryDirectory() as warm: embed(backbone, task.subset(range(64)), folder=warm, progress=False)
     with tempfile.TemporaryDirectory() as folder: return cost(lambda: embed(backbone, task, folder=folder, progress=False), before)
@@ -87,14 +102,14 @@ def compare(name, once, tenfold, device, repeats, bar):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--backbones", nargs="+", default=["speech-embedding"]); p.add_argument("--task", default="words-32"); p.add_argument("--clips", type=int, default=1000, help="N")
+    p.add_argument("--backbones", nargs="+", default=["speech-embedding"]); p.add_argument("--clips", type=int, default=1000, help="N")
     p.add_argument("--queries", type=int, default=2000); p.add_argument("--bank", type=int, default=10000); p.add_argument("--dim", type=int, default=768)
     p.add_argument("--repeats", type=int, default=3); p.add_argument("--device", default="cpu", help="of the k-NN probe"); p.add_argument("--json", type=Path); p.add_argument("--child", help=argparse.SUPPRESS)
     o = p.parse_args()
     if o.child:
         work, *args = json.loads(o.child)
         return print(json.dumps(WORK[work](*args)))
-    cases = [(f"embed10x/{b}", *[("embed", b, n, o.task, o.device) for n in (o.clips, 10 * o.clips)]) for b in o.backbones]
+    cases = [(f"embed10x/{b}", *[("embed", b, n, o.device) for n in (o.clips, 10 * o.clips)]) for b in o.backbones]
     cases += [(f"knn10x/{o.dim}", *[("knn", n, o.bank, o.dim, o.device) for n in (o.queries, 10 * o.queries)]),
               (f"knn10x-bank/{o.dim}", *[("knn", o.queries, n, o.dim, o.device) for n in (o.bank, 10 * o.bank)])]
     with tqdm(total=2 * o.repeats * len(cases), file=sys.stdout, ncols=80, desc="processes") as bar:
