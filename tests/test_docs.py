@@ -319,7 +319,8 @@ def complaints(browser, home):
     """Console errors since the last call, and requests that went neither to `home` nor to the server of these tests."""
     errors = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     sent = [json.loads(e["message"])["message"] for e in browser.get_log("performance")]
-    urls = [m["params"]["request"]["url"] for m in sent if m["method"] == "Network.requestWillBeSent"]
+    asked = [m["params"] for m in sent if m["method"] == "Network.requestWillBeSent"]
+    urls = [a["request"]["url"] for a in asked if not a["documentURL"].startswith("chrome")]             # the browser's own start page is not ours
     return errors + [f"request to {u[:120]}" for u in urls if not u.startswith((home, "http://127.0.0.1", "data:", "blob:", "about:", "chrome:"))]
 
 
