@@ -9,7 +9,7 @@ __all__ = ['NEIGHBOURS', 'PENALTIES', 'ProbeError', 'accuracy', 'top5', 'balance
 
 # %% ../nbs/api/08_probes.ipynb #pro00003
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import NamedTuple
 
@@ -360,15 +360,14 @@ _ROWS = 4096   # clips in one chunk
 class _Problems:
     """Problems that share the inputs `z` (N, r + 1)."""
     z: torch.Tensor
-    y: torch.Tensor         # (N,) ids or (N, L) multi-hot
+    y: torch.Tensor         # (N,) ids, or (N, B) multi-hot: a problem for every label
     axes: _Axes
-    decay: torch.Tensor     # (B,) lambda of every problem
-    label: torch.Tensor     # (B,) the column of y that a problem fits, if multi-label
     width: int              # K
+    decay: torch.Tensor     # () lambda
 
     def residual(self, logits, rows, which):
         if self.y.ndim == 1: return _softmax_residual(logits, self.y[rows])
-        return _sigmoid_residual(logits, self.y[rows][:, self.label[which]])
+        return _sigmoid_residual(logits, self.y[rows][:, which])
 
     def __call__(self, w, which):
         """Objectives (b,) and gradients of weights (b, r + 1, K) for the problems `which` (b,)."""
@@ -378,7 +377,7 @@ class _Problems:
             part, residual = self.residual((self.z[rows] @ flat).view(-1, b, self.width), rows, which)
             loss += part
             gradient.addmm_(self.z[rows].T, residual.flatten(1))
-        shrink = _column(self.decay[which]) * self.axes.penalised[:, None] * w
+        shrink = self.decay * self.axes.penalised[:, None] * w
         gradient = gradient.view(-1, b, self.width).transpose(0, 1) / len(self.z) + shrink
         return loss / len(self.z) + _dot(shrink, w) / 2, gradient
 
@@ -391,7 +390,7 @@ def _dot(a, b):
     return torch.linalg.vecdot(a.flatten(1), b.flatten(1))
 
 # %% ../nbs/api/08_probes.ipynb #pro00052
-_HISTORY = 10
+_HISTORY = 20
 
 
 @dataclass
@@ -404,14 +403,17 @@ class _State:
     curvature: torch.Tensor # (b,)
     steps: torch.Tensor     # (b, m, (r + 1) K) the last m steps s
     changes: torch.Tensor   # (b, m, (r + 1) K) and gradient changes y
+    taken: torch.Tensor     # (b,) how many steps
 
     def keep(self, at): return self if at.all() else _State(*(x[at] for x in vars(self).values()))
+
+    def latest(self, m): return replace(self, steps=self.steps[:, self.steps.shape[1] - m:], changes=self.changes[:, self.changes.shape[1] - m:])
 
 # %% ../nbs/api/08_probes.ipynb #pro00054
 def _direction(state, problems):
     """Minus the estimated inverse Hessian times the gradient (b, r + 1, K)."""
-    axes, decay = problems.axes, _column(problems.decay[state.which])
-    guess = 1 / (_column(state.curvature) * axes.variance[:, None] + decay * axes.penalised[:, None])
+    axes = problems.axes
+    guess = 1 / (_column(state.curvature) * axes.variance[:, None] + problems.decay * axes.penalised[:, None])
     guess = guess.expand_as(state.gradient).flatten(1).unsqueeze(1)                  # (b, 1, n)
     g = state.gradient.flatten(1).unsqueeze(2)                                       # (b, n, 1)
     hg = guess.mT * g
@@ -452,32 +454,68 @@ def _advance(state, problems, direction, slope):
     """The state after one step."""
     w, value, gradient = _line_search(state, problems, direction, slope)
     s, y, axes = w - state.w, gradient - state.gradient, problems.axes
-    penalty = problems.decay[state.which] * _dot(s * axes.penalised[:, None], s)
+    penalty = problems.decay * _dot(s * axes.penalised[:, None], s)
     curvature = (_dot(s, y) - penalty) / _dot(s * axes.variance[:, None], s)
     steps, changes = (torch.cat([old, new.flatten(1).unsqueeze(1)], 1)[:, -_HISTORY:] for old, new in ((state.steps, s), (state.changes, y)))
-    return _State(state.which, w, value, gradient, curvature.clamp_min(_ROUNDING), steps, changes)
+    return _State(state.which, w, value, gradient, curvature.clamp_min(_ROUNDING), steps, changes, state.taken + 1)
 
 # %% ../nbs/api/08_probes.ipynb #pro00059
 _LOSS_FLOOR = 1e-4   # nats; a perfectly fitted problem need not be fitted better
 
 
-def _minimise(problems, max_iter, tol):
-    """Weights (B, r + 1, K), objectives (B,) and numbers of steps (B,)."""
-    which = torch.arange(len(problems.decay), device=problems.z.device)
-    w = problems.z.new_zeros(len(which), problems.z.shape[1], problems.width)
-    curvature = w.new_full((len(which),), 1 / max(problems.width, 4))   # exact at w = 0
-    none = w.new_zeros(len(w), 0, w[0].numel())
-    state = _State(which, w, *problems(w, which), curvature, none, none)
-    w, value, steps = w.clone(), state.value.clone(), torch.full_like(which, max_iter)
-    for i in range(max_iter):
+def _minimise(problems, state, max_iter, tol):
+    """The state of every problem at its minimum."""
+    state, done = replace(state, taken=torch.zeros_like(state.which)), []
+    for _ in range(max_iter):
         direction = _direction(state, problems)
         slope = _dot(state.gradient, direction)
         going = -slope / 2 > tol * state.value.clamp_min(_LOSS_FLOOR)
-        steps[state.which[~going]] = i
-        if not going.any(): break
+        if not going.all(): done.append(state.keep(~going))
+        if not going.any(): return _together(done)
         state = _advance(state.keep(going), problems, direction[going], slope[going])
-        w[state.which], value[state.which] = state.w, state.value
-    return w, value, steps
+    return _together([*done, state])
+
+
+def _together(states):
+    """States of different problems as one, in the order of the problems."""
+    known = min(s.steps.shape[1] for s in states)
+    fields = [torch.cat(parts) for parts in zip(*(vars(s.latest(known)).values() for s in states))]
+    return _State(*fields).keep(fields[0].argsort()) if len(states) > 1 else states[0]
+
+# %% ../nbs/api/08_probes.ipynb #pro00062
+def _problems(X, y, standardize):
+    """The multinomial problem, or that of every label, as yet without a penalty."""
+    axes = _principal_axes(X, standardize)
+    width = int(y.max()) + 1 if y.ndim == 1 else 1
+    if y.ndim == 1 and width == 2: y, width = y[:, None], 1
+    if y.ndim == 2: y = y.to(X.dtype)
+    return _Problems(axes.rotate(X), y, axes, width, X.new_zeros(()))
+
+# %% ../nbs/api/08_probes.ipynb #pro00060b
+def _at_zero(problems):
+    """The state of every problem at w = 0, where the curvature is known."""
+    labels = problems.y.shape[1] if problems.y.ndim == 2 else 1
+    which = torch.arange(labels, device=problems.z.device)
+    w = problems.z.new_zeros(labels, problems.z.shape[1], problems.width)
+    none = w.new_zeros(labels, 0, w[0].numel())
+    return _State(which, w, *problems(w, which), w.new_full((labels,), 1 / max(problems.width, 4)), none, none, torch.zeros_like(which))
+
+# %% ../nbs/api/08_probes.ipynb #pro00060d
+def _repenalised(state, problems, decay):
+    """What is known of the problems, at another penalty."""
+    more = (decay - problems.decay) * problems.axes.penalised[:, None]     # (r + 1, 1)
+    shrink = more * state.w
+    changes = state.changes + more.expand(-1, problems.width).flatten() * state.steps
+    return replace(state, value=state.value + _dot(shrink, state.w) / 2, gradient=state.gradient + shrink, changes=changes)
+
+
+def _followed(problems, decays, max_iter, tol):
+    """Weights (B, r + 1, K), objectives (B,) and numbers of steps (B,) for each of the falling `decays`."""
+    state = _at_zero(problems)
+    for decay in decays:
+        state, problems = _repenalised(state, problems, decay), replace(problems, decay=decay)
+        state = _minimise(problems, state, max_iter, tol)
+        yield state.w, state.value, state.taken
 
 # %% ../nbs/api/08_probes.ipynb #pro00061
 @dataclass
@@ -496,7 +534,7 @@ class LinearPath:
     objective : Tensor (P,)
         C times the summed cross-entropy plus half the squared norm of the weights, as scikit-learn counts it.
     n_iter : Tensor (P,)
-        Steps taken (the most over labels).
+        Steps taken from the next stronger penalty (the most over labels).
     """
     Cs: torch.Tensor
     coef: torch.Tensor
@@ -511,19 +549,9 @@ class LinearPath:
         z = (x - self.mean) / self.scale
         return torch.stack([torch.addmm(b, z, w.T) for w, b in zip(self.coef, self.intercept)])
 
-# %% ../nbs/api/08_probes.ipynb #pro00062
-def _problems(X, y, Cs, standardize):
-    """Every penalty (times every label) of `linear_path` as one stack of problems."""
-    axes = _principal_axes(X, standardize)
-    labels, width = (1, int(y.max()) + 1) if y.ndim == 1 else (y.shape[1], 1)
-    if y.ndim == 1 and width == 2: y, width = y[:, None], 1
-    if y.ndim == 2: y = y.to(X.dtype)
-    decay = (1 / (Cs * len(X))).repeat_interleave(labels)
-    return _Problems(axes.rotate(X), y, axes, decay, torch.arange(labels, device=X.device).repeat(len(Cs)), width)
-
 # %% ../nbs/api/08_probes.ipynb #pro00063
 def linear_path(X, y, Cs, max_iter=200, tol=2e-5, standardize=True):
-    """Fit logistic regressions for all penalties, and all labels, in one batched L-BFGS.
+    """Fit logistic regressions for all penalties, and all labels at once, by L-BFGS that goes on from one penalty to the next.
 
     Parameters
     ----------
@@ -534,7 +562,7 @@ def linear_path(X, y, Cs, max_iter=200, tol=2e-5, standardize=True):
     Cs : sequence of float
         Inverse penalties, in scikit-learn's convention.
     max_iter : int
-        Most steps.
+        Most steps for each penalty.
     tol : float
         A problem stops when a step promises less than this share of its objective.
     standardize : bool
@@ -545,12 +573,12 @@ def linear_path(X, y, Cs, max_iter=200, tol=2e-5, standardize=True):
     LinearPath
     """
     Cs = torch.as_tensor(Cs, dtype=X.dtype, device=X.device)
-    problems = _problems(X, y, Cs, standardize)
-    w, value, steps = _minimise(problems, max_iter, tol)
-    axes, P = problems.axes, len(Cs)
-    w = w.unflatten(0, (P, -1)).transpose(2, 3).flatten(1, 2)       # (P, K, r + 1)
-    objective = Cs * len(X) * value.view(P, -1).sum(1)
-    return LinearPath(Cs, w[..., :-1] @ axes.rotation.T, w[..., -1], axes.mean, axes.scale, objective, steps.view(P, -1).amax(1))
+    problems, order = _problems(X, y, standardize), Cs.argsort()
+    found = list(_followed(problems, 1 / (Cs[order] * len(X)), max_iter, tol))
+    w, value, steps = (torch.stack(part)[order.argsort()] for part in zip(*found))   # (P, B, r + 1, K), (P, B), (P, B)
+    w, axes = w.transpose(2, 3).flatten(1, 2), problems.axes                         # (P, K, r + 1)
+    objective = Cs * len(X) * value.sum(1)
+    return LinearPath(Cs, w[..., :-1] @ axes.rotation.T, w[..., -1], axes.mean, axes.scale, objective, steps.amax(1))
 
 # %% ../nbs/api/08_probes.ipynb #pro00067
 def _matrix(probe, X, reset=False):
