@@ -103,7 +103,7 @@ def resample(x, source, target):
     if source == target: return x
     g = math.gcd(source, target)
     up, down, T = target // g, source // g, x.shape[-1]
-    if up * down > _LARGEST: return torch.from_numpy(resample_poly(x.numpy(), up, down, axis=-1, window=_low_pass(down, up)))
+    if up * down > _LARGEST: return torch.from_numpy(resample_poly(x.cpu().numpy(), up, down, axis=-1, window=_low_pass(down, up))).to(x)
     taps, before, step = _taps(up, down)
     x = F.pad(x, (before, before + 1 + -T % step)).unfold(-1, len(taps), step)          # (..., blocks, n)
     return (x @ taps.to(x)).flatten(-2)[..., :math.ceil(T * up / down)]
@@ -316,16 +316,25 @@ def _signature(clips):
     stats = [os.stat(p) for p in paths if os.path.exists(p)]
     return hashlib.sha256(json.dumps([[p, s.st_size, s.st_mtime_ns] for p, s in zip(paths, stats)]).encode()).hexdigest()
 
+def _decoded(clips, rate):
+    """Samples and rate of each clip: a file's own rate, or the wanted one of anything else."""
+    return [_decode(c.path, c.start, c.seconds) if type(c) is Clip else (c.load(rate).numpy(), rate) for c in clips]
+
+def _resampled(parts, rate):
+    """Waveforms at `rate`; parts that are alike go through one product."""
+    if len({(len(x), native) for x, native in parts}) > 1: return [resample(torch.from_numpy(x), native, rate) for x, native in parts]
+    return resample(torch.from_numpy(np.stack([x for x, _ in parts])), parts[0][1], rate)
+
 def _loaded(clips, rate, workers):
-    """The waveforms in order, loaded by `workers` threads at most a window ahead; one worker means this thread."""
-    if workers == 1: yield from (c.load(rate) for c in clips); return
-    load = lambda i: [c.load(rate) for c in clips[i:i + CHUNK]]
-    starts, ahead = iter(range(0, len(clips), CHUNK)), deque()
+    """The waveforms in order, loaded by `workers` threads a window ahead; or decoded in this thread while one other resamples."""
+    chunks, ahead = (clips[i:i + CHUNK] for i in range(0, len(clips), CHUNK)), deque()
+    decode = (lambda chunk: _decoded(chunk, rate)) if workers == 1 else (lambda chunk: chunk)
+    finish = (lambda parts: _resampled(parts, rate)) if workers == 1 else (lambda chunk: _resampled(_decoded(chunk, rate), rate))
     with ThreadPoolExecutor(workers) as pool:
-        for i in itertools.islice(starts, 2 * workers): ahead.append(pool.submit(load, i))
-        while ahead:
-            yield from ahead.popleft().result()
-            for i in itertools.islice(starts, 1): ahead.append(pool.submit(load, i))
+        for chunk in chunks:
+            ahead.append(pool.submit(finish, decode(chunk)))
+            if len(ahead) > 2 * workers: yield from ahead.popleft().result()
+        for future in ahead: yield from future.result()
 
 # %% ../nbs/api/01_audio.ipynb #aud00031
 def _build(path, clips, rate, header, workers, progress):

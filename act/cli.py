@@ -375,12 +375,6 @@ def _announce_task(task):
     typer.echo(f"{task.name}: {len(task)} clips of {task.n_classes} classes; {sides}")
 
 
-def _check_loss(loss):
-    from act.losses import CLASSIFICATION_LOSSES, LOSSES
-    known = [*LOSSES, *CLASSIFICATION_LOSSES]
-    if loss and loss not in known: raise ActError(f"no loss {loss!r}: choose one of {', '.join(known)}")
-
-
 def _dual(backbone, task):
     import numpy as np
     from act.embeddings import embed
@@ -405,7 +399,6 @@ def tune(where: Path = typer.Argument(..., help="A folder with a sub-folder a cl
     from act.backbones import load_backbone
     from act.study import provenance
     from act.tuning import TuneConfig, tune as tune_encoder
-    _check_loss(loss)
     config, task, encoder = TuneConfig(method=method, loss=loss, passes=passes, lr=lr, seed=seed), _task_of(where), load_backbone(backbone)
     if not as_json: _announce_task(task)
     before = _dual(encoder, task)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from filelock import FileLock
 from tqdm import tqdm
 
@@ -57,6 +58,15 @@ def batches_by_length(lengths, batch):
     order = np.argsort(np.asarray(lengths), kind="stable")
     return np.array_split(order, max(1, math.ceil(len(order) / batch)))
 
+# %% ../nbs/api/07_embeddings.ipynb #emb00010c
+_LENGTHS = 8   # of batches, within an octave
+
+
+def _rounded(samples):
+    """The next length that batches may have."""
+    step = max(1, 2 ** (int(samples) - 1).bit_length() // (2 * _LENGTHS))
+    return -(-int(samples) // step) * step
+
 # %% ../nbs/api/07_embeddings.ipynb #emb00012
 @torch.no_grad()
 def _write_rows(path, backbone, waves, groups, fabric, progress):
@@ -64,6 +74,7 @@ def _write_rows(path, backbone, waves, groups, fabric, progress):
     mine = groups[fabric.global_rank::fabric.world_size]
     for rows in tqdm(mine, desc="embed", file=sys.stdout, mininterval=5, ncols=80, disable=not progress):
         x, lengths = waves.batch(rows)
+        x = F.pad(x, (0, _rounded(x.shape[1]) - x.shape[1]))
         out[rows] = backbone(x.to(fabric.device), lengths.to(fabric.device)).float().cpu().numpy()
     out.flush()
 
@@ -71,12 +82,22 @@ def _write_rows(path, backbone, waves, groups, fabric, progress):
 def _compute(path, backbone, task, batch, fabric, progress):
     waves = task.waveforms(backbone.rate)
     temporary = path.with_suffix(".tmp")
-    if fabric.is_global_zero: np.lib.format.open_memmap(temporary, "w+", np.float32, (len(task), backbone.dim)).flush()
-    fabric.barrier()
-    _write_rows(temporary, backbone.to(fabric.device).eval(), waves, batches_by_length(waves.lengths, batch), fabric, progress)
-    fabric.barrier()
-    if fabric.is_global_zero: os.replace(temporary, path)
-    fabric.barrier()
+    try:
+        if fabric.is_global_zero: _reserve(temporary, (len(task), backbone.dim))
+        fabric.barrier()
+        _write_rows(temporary, backbone.to(fabric.device).eval(), waves, batches_by_length(waves.lengths, batch), fabric, progress)
+        fabric.barrier()
+        if fabric.is_global_zero: os.replace(temporary, path)
+        fabric.barrier()
+    finally:
+        if fabric.is_global_zero: temporary.unlink(missing_ok=True)
+
+
+def _reserve(path, shape):
+    """An empty array on disk; a full disk is an error here, and not a signal that kills the process later."""
+    np.lib.format.open_memmap(path, "w+", np.float32, shape).flush()
+    if not hasattr(os, "posix_fallocate"): return
+    with open(path, "r+b") as f: os.posix_fallocate(f.fileno(), 0, os.path.getsize(path))
 
 # %% ../nbs/api/07_embeddings.ipynb #emb00014
 def embed(backbone, task, batch=64, fabric=None, folder=None, progress=True):

@@ -545,6 +545,8 @@ def split_groups(labels, groups=None, shares=SHARES, seed=0):
 AUDIO = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64"}
 SHOWN = 5   # problems that a message spells out
 
+def _counted(n, what): return f"{n} {what}" + ("" if n == 1 else "es" if what.endswith("s") else "s")
+
 def _own_task(name, root, names, labels, split, groups, licence):
     """A task from a user's files, checked as a whole."""
     rates, problems = Counter(), []
@@ -554,8 +556,8 @@ def _own_task(name, root, names, labels, split, groups, licence):
     problems += [f"{n}: listed {k} times" for n, k in Counter(names).items() if k > 1] + [f"{n}: has no label" for n, x in zip(names, labels) if not x]
     counts = Counter(c for x in labels for c in ([x] if isinstance(x, str) else x))
     if split is None: problems += [f"class {c!r} has {k} clips; at least {len(SPLITS)} are needed to split it" for c, k in sorted(counts.items()) if k < len(SPLITS)]
-    if len(counts) < 2: problems.append(f"{len(counts)} classes; at least 2 are needed")
-    if problems: raise TaskError(f"{name}: {len(problems)} problems: " + "; ".join(problems[:SHOWN]) + (f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""))
+    if len(counts) < 2: problems.append(f"{_counted(len(counts), 'class')}; at least 2 are needed")
+    if problems: raise TaskError(f"{name}: {_counted(len(problems), 'problem')}: " + "; ".join(problems[:SHOWN]) + (f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""))
     classes, y = _classes_and_labels(labels)
     source = _hash([[n, hashlib.sha256((root/n).read_bytes()).hexdigest()] for n in names])
     return Task(name, [Clip(root/n, name=n) for n in names], y, classes, split_groups(y, groups) if split is None else split, groups, rates.most_common(1)[0][0], None, licence, source)

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from .losses import CLASSIFICATION_LOSSES, ContrastiveLoss, cached_step, gathered_loss, valid_anchors
+from .losses import CLASSIFICATION_LOSSES, LOSSES, ContrastiveLoss, cached_step, gathered_loss, valid_anchors
 from .manifest import ActError
 
 # %% ../nbs/api/06_tuning.ipynb #tun00007
@@ -127,6 +127,10 @@ class TuneConfig:
         for name in ("passes", "batch", "lr", "temperature", "views"):
             if not getattr(self, name) > 0: raise TuningError(f"{name}={getattr(self, name)!r}: must be positive")
         if isinstance(self.augment, dict): object.__setattr__(self, "augment", Augment(**self.augment))
+        if self.loss not in (None, *self.losses): raise TuningError(f"{self.method} has no loss {self.loss!r}: choose one of {', '.join(self.losses)}")
+
+    @property
+    def losses(self): return LOSSES if self.method == "contrastive" else tuple(CLASSIFICATION_LOSSES)
 
     @property
     def copies(self): return self.views if self.method == "contrastive" else 1
@@ -289,18 +293,10 @@ def criterion_of(config, multilabel):
         Of the loss.
     criterion : callable
         ``criterion(outputs (B, P) or (B, C), labels) -> scalar``.
-
-    Raises
-    ------
-    TuningError
-        If the method has no such loss.
     """
     contrastive = config.method == "contrastive"
     name = config.loss or (("jaccard" if multilabel else "supcon") if contrastive else ("bce" if multilabel else "cross-entropy"))
-    if not contrastive and name not in CLASSIFICATION_LOSSES:
-        raise TuningError(f"{config.method} has no loss {name!r}: choose one of {', '.join(CLASSIFICATION_LOSSES)}")
-    try: return name, ContrastiveLoss(name, config.temperature) if contrastive else CLASSIFICATION_LOSSES[name]
-    except ValueError as e: raise TuningError(str(e)) from None
+    return name, ContrastiveLoss(name, config.temperature) if contrastive else CLASSIFICATION_LOSSES[name]
 
 # %% ../nbs/api/06_tuning.ipynb #tun00028
 LINEAR_PROBE_STEPS, LINEAR_PROBE_DECAY = 200, 1e-3

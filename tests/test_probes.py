@@ -261,7 +261,6 @@ def test_ten_times_the_clips(small, large):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="embedding 10000 clips of many lengths holds about 1.8 times what 1000 hold; the cause is not settled")
 def test_ten_times_the_clips_to_embed(repo):
     """At most 1.2 times the memory beside the mapped files: clips, lengths and batches included, the libraries left out."""
     def memory(clips):
