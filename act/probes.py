@@ -581,11 +581,14 @@ def linear_path(X, y, Cs, max_iter=200, tol=2e-5, standardize=True):
     return LinearPath(Cs, w[..., :-1] @ axes.rotation.T, w[..., -1], axes.mean, axes.scale, objective, steps.amax(1))
 
 # %% ../nbs/api/08_probes.ipynb #pro00067
+_ROWS = 1024   # embeddings looked at together, so that what lies beside them stays small
+
+
 def _matrix(probe, X, reset=False):
     """Embeddings (N, D) as a float tensor, checked; `reset` when fitting."""
     if not torch.is_tensor(X): return _from_numpy(validate_data(probe, X, reset=reset, dtype=[np.float64, np.float32], order="C"))
     if X.ndim != 2: raise ProbeError(f"embeddings must have the shape (clips, dimensions); got {tuple(X.shape)}")
-    if not torch.isfinite(X).all(): raise ProbeError("the embeddings hold NaN or infinity; look for silent or corrupt clips")
+    if not all(rows.isfinite().all() for rows in X.split(_ROWS)): raise ProbeError("the embeddings hold NaN or infinity; look for silent or corrupt clips")
     if reset: probe.n_features_in_ = X.shape[1]
     if X.shape[1] != probe.n_features_in_:
         raise ProbeError(f"X has {X.shape[1]} features, but {type(probe).__name__} is expecting {probe.n_features_in_} features as input")
@@ -771,17 +774,14 @@ def nearest(queries, bank, k):
         If k is below 1 or above N.
     """
     if not 1 <= k <= len(bank): raise ProbeError(f"k must be between 1 and the {len(bank)} clips of the bank; got {k}")
-    parts = [_nearest(F.normalize(rows, dim=1), bank, k) for rows in queries.split(_QUERIES)]
+    parts = [_nearest(F.normalize(rows, dim=1), bank, k) for rows in queries.split(_ROWS)]
     return tuple(torch.cat(part) for part in zip(*parts))
 
 # %% ../nbs/api/08_probes.ipynb #pro00087
-_QUERIES, _BANK = 2048, 4096   # rows in one block of similarities
-
-
 def _nearest(queries, bank, k):
-    best = None
-    for start in range(0, len(bank), _BANK):
-        values, index = _top(queries @ F.normalize(bank[start:start + _BANK], dim=1).T, k)
+    best, block = None, 4 * _ROWS
+    for start in range(0, len(bank), block):
+        values, index = _top(queries @ F.normalize(bank[start:start + block], dim=1).T, k)
         found = values, index + start
         if best: found = _falling(*(torch.cat(pair, 1) for pair in zip(best, found)))
         best = tuple(part[:, :k] for part in found)
@@ -814,7 +814,7 @@ class KNNProbe(_Probe):
         self.labels_, self.classes_, self.multilabel_ = _encode(y, self.bank_)
         return self
 
-    def _scores(self, x): return next(self._scores_by_k(x, [self.k]))
+    def _scores(self, x): return torch.cat([next(self._scores_by_k(rows, [self.k])) for rows in x.split(_ROWS)])
 
     def _scores_by_k(self, x, ks):
         """Scores (N, K) for each of the rising `ks`: each neighbour adds its vote once."""

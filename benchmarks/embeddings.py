@@ -102,7 +102,7 @@ def compare(name, once, tenfold, device, repeats, bar):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--backbones", nargs="+", default=["speech-embedding"]); p.add_argument("--clips", type=int, default=1000, help="N")
+    p.add_argument("--backbones", nargs="*", default=["speech-embedding"]); p.add_argument("--clips", type=int, default=1000, help="N")
     p.add_argument("--queries", type=int, default=2000); p.add_argument("--bank", type=int, default=10000); p.add_argument("--dim", type=int, default=768)
     p.add_argument("--repeats", type=int, default=3); p.add_argument("--device", default="cpu", help="of the k-NN probe"); p.add_argument("--json", type=Path); p.add_argument("--child", help=argparse.SUPPRESS)
     o = p.parse_args()

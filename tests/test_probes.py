@@ -116,11 +116,10 @@ def test_penalty_is_chosen_on_validation_only():
 
 @pytest.mark.parametrize("bank_rows", [7, 64, 5000])
 def test_neighbours_across_blocks_with_ties(monkeypatch, bank_rows):
-    monkeypatch.setattr("act.probes._BANK", bank_rows)
-    monkeypatch.setattr("act.probes._QUERIES", 11)
+    monkeypatch.setattr("act.probes._ROWS", bank_rows)
     g = torch.Generator().manual_seed(0)
     bank = torch.randint(-1, 2, (500, 3), generator=g).float() + torch.tensor([.0, .0, 2.])      # few distinct directions: ties abound
-    queries = torch.tensor([[0., 0, 1], [1, 0, 2], [1, 1, 1]])
+    queries = torch.tensor([[0., 0, 1], [1, 0, 2], [1, 1, 1]]).repeat(4, 1)
     similarity, index = nearest(queries, bank, 30)
     rounded = (F.normalize(queries, dim=1) @ F.normalize(bank, dim=1).T)
     for row, value, at in zip(rounded, similarity, index):
@@ -267,4 +266,5 @@ def test_ten_times_the_clips_to_embed(repo):
         child = json.dumps(["embed", "speech-embedding", clips, "cpu"])
         run = [sys.executable, repo / "benchmarks/embeddings.py", "--child", child]
         return json.loads(subprocess.run(run, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])[1]
-    assert memory(10000) < 1.2 * memory(1000)
+    least = lambda clips: min(memory(clips) for _ in range(3))      # what else the machine does adds to it
+    assert least(10000) < 1.2 * least(1000)
