@@ -15,6 +15,7 @@ import importlib
 import inspect
 import json
 import os
+import pickle
 import platform
 import re
 from pathlib import Path
@@ -32,7 +33,7 @@ from .encoders import (AISFX_HOP, AISFX_PEAK, AISFX_WINDOW, GE2E_HOP, GE2E_LOUDN
                           MelSpectrogram, MusiCNN, MusiCNNBackend, MusicVGG, SPEECH_STRIDE, SPEECH_WINDOW, aisfx_mel, aisfx_network,
                           ge2e_mel, ge2e_windows, musicnn_mel, read_aisfx_network, read_ge2e_network, read_music_vgg, read_musicnn,
                           read_speech_network, slaney_filters, speech_decibels, speech_mel, speech_network, unit_variance)
-from .manifest import ActError, cache_dir, near_matches, weight_file
+from .manifest import ActError, near_matches, weight_file
 
 # %% ../nbs/api/04_backbones.ipynb #bac00005
 class BackboneError(ActError):
@@ -527,18 +528,19 @@ _TORCHAUDIO = {     # name: (builder in torchaudio.models, bundle in torchaudio.
 # %% ../nbs/api/04_backbones.ipynb #bac00045
 def _torchaudio(name, pretrained=True, layer=None, layer_drop=0.):
     builder, bundle, normalized = _TORCHAUDIO[name]
+    path = weight_file(name) if pretrained else None
     model = getattr(torchaudio.models, builder)()
-    if pretrained: model.load_state_dict(_bundle_weights(name, getattr(torchaudio.pipelines, bundle)))
+    if pretrained: _load_checkpoint(model, path, name)
     backbone = SpeechTransformer(model, normalized, layer, layer_drop)
-    backbone.source = f"torchaudio.pipelines.{bundle}, not verified"
+    backbone.source = f"torchaudio.pipelines.{bundle}"
     return backbone
 
 
-def _bundle_weights(name, bundle):
-    try: model = bundle.get_model(dl_kwargs={"model_dir": str(cache_dir() / "torchaudio")})
-    except OSError as error:
-        raise BackboneError(f"the weights of {name} cannot be downloaded ({error}); connect, or put the file into {cache_dir() / 'torchaudio'}") from None
-    return getattr(model, "model", model).state_dict()
+def _load_checkpoint(model, path, name):
+    try: model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))     # a pickle, of which only tensors are let through
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise BackboneError(f"{path} does not hold the weights of {name} ({str(error).splitlines()[0]}); put the right file into the mirror, "
+                            f"or delete {path.parent} and fetch {name} again") from None
 
 
 for _name in _TORCHAUDIO: register_backbone(_name)(functools.partial(_torchaudio, _name))

@@ -1,7 +1,9 @@
 """Backbones: parity with independent references, independence of neighbours and padding, saving, partial tuning, errors."""
 import importlib.util
 import json
+import os
 import runpy
+import shutil
 import subprocess
 import sys
 import types
@@ -18,10 +20,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
-from act.backbones import (Backbone, BackboneError, SpeechTransformer, list_backbones, load_backbone, register_backbone, set_trainable)
+from act.backbones import (_TORCHAUDIO, Backbone, BackboneError, SpeechTransformer, list_backbones, load_backbone, register_backbone, set_trainable)
 from act.encoders import (aisfx_mel, musicnn_mel, read_aisfx_network, read_ge2e_network, read_music_vgg, read_musicnn,
                           read_speech_network, speech_decibels, speech_mel)
-from act.manifest import FetchError, weight_file
+from act.manifest import FetchError, manifest_entry, weight_file
 from act.tasks import load_task
 
 REFERENCES = Path(__file__).parent / "references"
@@ -238,8 +240,8 @@ def test_speech_transformers_ignore_neighbours_and_padding(kind, layer): assert_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["wav2vec2-base", "hubert-base", "wavlm-base"])
-def test_base_sizes_ignore_neighbours_and_padding(name): assert_alone_as_in_company(load_backbone(f"random:{name}"))
+@pytest.mark.parametrize("name", [n for n in _TORCHAUDIO if n != "xls-r-2b"])     # 8.6 GB
+def test_full_sizes_ignore_neighbours_and_padding(name): assert_alone_as_in_company(load_backbone(f"random:{name}"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -426,10 +428,38 @@ def test_an_unsupported_model_is_refused(tmp_path):
     with pytest.raises(BackboneError, match="bert model; supported are"): load_backbone(f"hf:{tmp_path}", pretrained=False)
 
 
-def test_a_failed_download_says_what_to_do(monkeypatch):
-    bundle = torchaudio.pipelines.WAV2VEC2_BASE
-    monkeypatch.setattr(type(bundle), "get_model", lambda self, **kw: (_ for _ in ()).throw(OSError("no route to host")))
-    with pytest.raises(BackboneError, match="wav2vec2-base cannot be downloaded.*no route to host"): load_backbone("wav2vec2-base")
+class Malice:
+    def __reduce__(self): return os.system, ("touch executed",)
+
+
+@pytest.fixture
+def speech_weights(tmp_path, monkeypatch):
+    """A mirror for the weights of wav2vec2-base: a function of what its file holds."""
+    shutil.copy(Path(__file__).parents[1] / "data_manifest.yaml", tmp_path)
+    for name, value in dict(ACT_MANIFEST=tmp_path / "data_manifest.yaml", ACT_MIRROR=tmp_path, ACT_CACHE=tmp_path / "cache").items(): monkeypatch.setenv(name, str(value))
+    return lambda held: torch.save(held, tmp_path / "wav2vec2_fairseq_base_ls960.pth")
+
+
+def test_weights_of_torchaudio_come_by_the_manifest(speech_weights, tmp_path):
+    published = torchaudio.models.wav2vec2_base()
+    speech_weights(published.state_dict())
+    found = load_backbone("wav2vec2-base").model.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in published.state_dict().items())
+    assert "wav2vec2-base" in (tmp_path / "data_manifest.lock.yaml").read_text()
+
+
+@pytest.mark.parametrize("held", [{"some": torch.ones(2)}, Malice()])
+def test_other_weights_are_refused_and_nothing_is_executed(speech_weights, tmp_path, monkeypatch, held):
+    monkeypatch.chdir(tmp_path)
+    speech_weights(held)
+    with pytest.raises(BackboneError, match="wav2vec2_fairseq_base_ls960.pth does not hold the weights of wav2vec2-base.*right file"): load_backbone("wav2vec2-base")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("name", [n for n in _TORCHAUDIO])
+def test_the_manifest_names_the_files_that_torchaudio_loads(name):
+    archive, = manifest_entry(name)["sources"][0]["archives"]
+    assert archive["file"] == getattr(torchaudio.pipelines, _TORCHAUDIO[name][1])._path and archive["urls"][0].endswith(f"/torchaudio/models/{archive['file']}")
 
 
 def test_unknown_names_and_options():
