@@ -210,8 +210,8 @@ def protocol(trials, seeds):
 
     Parameters
     ----------
-    trials : list of dict
-        Options each method could choose from.
+    trials : list of dict, or dict of such lists
+        Options each method could choose from, of all tasks or by family of tasks.
     seeds : int
         Repetitions of the chosen setting.
 
@@ -220,11 +220,16 @@ def protocol(trials, seeds):
     str
         Markdown.
     """
-    listed = "; ".join(", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in t.items()) for t in trials)
+    chosen = " and ".join(_offered(*family) for family in trials.items()) if isinstance(trials, dict) else _offered("", trials)
     return (f"Test score in percent, mean over {seeds} seeds ± half-width of the 95 % interval (Student's t). "
-            f"Every tuned method chose among the same {len(trials)} trials ({listed}) by the mean of both probes on the validation split with seed 0; "
+            f"Every tuned method chose {chosen} by the mean of both probes on the validation split with seed 0; "
             "equal passes cost every method equally many clips through the encoder, and two views count twice. "
             "Linear probe: z-scored on the training split, L2 penalty chosen on validation. k-NN probe: cosine, k = 20, weights exp(sim / 0.07).")
+
+
+def _offered(family, trials):
+    listed = "; ".join(", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in t.items()) for t in trials)
+    return f"among the same {len(trials)} trials ({listed})" + (f" on {family}" if family else "")
 
 # %% ../nbs/api/11_report.ipynb #rep00051
 UNDER_TEST = dict(table_2_single_label="contrastive", table_3_multi_label="jaccard")    # the method of a table that all its others are compared with
