@@ -197,11 +197,11 @@ def provenance():
     Returns
     -------
     dict
-        Python, packages, device name, git revision and whether the tree was clean.
+        Python, packages, device name, git revision and whether the tree was clean; `results`, which a study writes, is left out.
     """
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}"
     return dict(python=platform.python_version(), packages={p: importlib.metadata.version(p) for p in PACKAGES}, device=device,
-                revision=_git("rev-parse", "HEAD"), clean=not _git("status", "--porcelain", "--untracked-files=no"))
+                revision=_git("rev-parse", "HEAD"), clean=not _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)results"))
 
 # %% ../nbs/api/10_study.ipynb #stu00021
 PROBES = dict(linear="C", knn="k")      # each probe and what is chosen for it on validation

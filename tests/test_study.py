@@ -210,3 +210,13 @@ def test_a_killed_worker_ends_the_study_with_a_clear_message(tmp_path, own_cache
     before = {p: p.stat().st_mtime_ns for p in store.glob("*.json")}
     assert ended(script(code, own_cache, store)) == (0, "all")
     assert [r["status"] for r in only_whole_records(store)] == ["done"] * 4 and all(p.stat().st_mtime_ns == t for p, t in before.items())
+
+
+def test_results_leave_a_checkout_clean_and_code_does_not(repo, tmp_path):
+    subprocess.run(["git", "clone", "-q", repo, tmp_path / "act"], check=True)
+    clean = lambda: subprocess.run([sys.executable, "-c", "from act.study import provenance; print(provenance()['clean'])"], cwd=tmp_path / "act", env={**os.environ, "PYTHONPATH": str(tmp_path / "act")},
+                                   capture_output=True, text=True, check=True).stdout.strip()
+    (tmp_path / "act/results/small/claims.md").write_text("other results")
+    assert clean() == "True"
+    (tmp_path / "act/setup.py").write_text("other code")
+    assert clean() == "False"
