@@ -9,11 +9,13 @@ import ast
 import contextlib
 import difflib
 import hashlib
+import io
 import json
 import os
 import re
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 from execnb.nbio import read_nb, write_nb
@@ -35,12 +37,21 @@ def shown_notebooks():
 
 
 def _without_docstrings(source):
-    """What Python executes of a module, as text: neither comments nor docstrings nor layout."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
+    """The code of a module without comments, docstrings and blank lines; the same text under every version of Python."""
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT: lines[token.start[0] - 1] = lines[token.start[0] - 1][:token.start[1]]
+    for node in ast.walk(ast.parse(source)):
         body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(getattr(body[0].value, "value", None), str): del body[0]
-    return ast.unparse(tree)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(getattr(body[0].value, "value", None), str): _blank(lines, body[0])
+    return "\n".join(line.rstrip() for line in lines if line.strip())
+
+
+def _blank(lines, node):
+    """Take a string out of the lines that it spans."""
+    first, last = node.lineno - 1, node.end_lineno - 1
+    before, after = lines[first].encode()[:node.col_offset].decode(), lines[last].encode()[node.end_col_offset:].decode()      # ast counts bytes
+    lines[first:last + 1] = [before + after] + [""] * (last - first)
 
 
 def _modules_behind(source, found=frozenset()):
