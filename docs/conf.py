@@ -17,7 +17,7 @@ nb_code_prompt_show = "Show the {type}"
 nb_code_prompt_hide = "Hide the {type}"
 nb_ipywidgets_js = {}                                                      # else a script of another host on every page with a widget
 nb_merge_streams = True
-nb_render_markdown_format = "gfm"                                          # outputs of type Markdown may hold tables
+nb_render_markdown_format = "myst"                                         # outputs of type Markdown may hold tables
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist", "attrs_inline"]
 myst_heading_anchors = 4
 
