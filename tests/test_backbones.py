@@ -456,10 +456,16 @@ def test_other_weights_are_refused_and_nothing_is_executed(speech_weights, tmp_p
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("name", [n for n in _TORCHAUDIO])
+@pytest.mark.parametrize("name", _TORCHAUDIO)
 def test_the_manifest_names_the_files_that_torchaudio_loads(name):
     archive, = manifest_entry(name)["sources"][0]["archives"]
     assert archive["file"] == getattr(torchaudio.pipelines, _TORCHAUDIO[name][1])._path and archive["urls"][0].endswith(f"/torchaudio/models/{archive['file']}")
+
+
+def test_a_failed_download_says_what_to_do(speech_weights, tmp_path):
+    manifest = tmp_path / "data_manifest.yaml"
+    manifest.write_text(manifest.read_text().replace("https://download.pytorch.org", "http://127.0.0.1:9"))
+    with pytest.raises(FetchError, match="wav2vec2-base cannot be had: http://127.0.0.1:9.*refused.*wav2vec2_fairseq_base_ls960.pth.*ACT_MIRROR"): load_backbone("wav2vec2-base")
 
 
 def test_unknown_names_and_options():
