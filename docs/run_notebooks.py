@@ -5,17 +5,14 @@ With `--check` nothing is written: the exit status says whether the outputs on d
 `docs/outputs.json` keeps a hash of the code that made each page's outputs; `out_of_date` compares it without running anything.
 """
 import argparse
-import ast
 import contextlib
 import difflib
 import hashlib
-import io
 import json
 import os
 import re
 import subprocess
 import sys
-import tokenize
 from pathlib import Path
 
 from execnb.nbio import read_nb, write_nb
@@ -24,6 +21,8 @@ from nbdev.clean import clean_nb
 from nbdev.config import get_config
 from nbdev.frontmatter import FrontmatterProc
 from nbdev.process import NBProcessor
+
+from act.study import executed_code
 
 REPO = Path(__file__).parents[1]
 BAR = re.compile(r"[^\n]*\r[^\n]*\n?")                                                # what a progress bar leaves in a stream
@@ -34,24 +33,6 @@ STAMPS = REPO / "docs" / "outputs.json"
 def shown_notebooks():
     """The notebooks that keep their outputs: the library's, the guides and the front page."""
     return [*sorted((REPO / "nbs").glob("api/*.ipynb")), *sorted((REPO / "nbs").glob("guides/*.ipynb")), REPO / "nbs" / "index.ipynb"]
-
-
-def _without_docstrings(source):
-    """The code of a module without comments, docstrings and blank lines; the same text under every version of Python."""
-    lines = source.splitlines()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT: lines[token.start[0] - 1] = lines[token.start[0] - 1][:token.start[1]]
-    for node in ast.walk(ast.parse(source)):
-        body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(getattr(body[0].value, "value", None), str): _blank(lines, body[0])
-    return "\n".join(line.rstrip() for line in lines if line.strip())
-
-
-def _blank(lines, node):
-    """Take a string out of the lines that it spans."""
-    first, last = node.lineno - 1, node.end_lineno - 1
-    before, after = lines[first].encode()[:node.col_offset].decode(), lines[last].encode()[node.end_col_offset:].decode()      # ast counts bytes
-    lines[first:last + 1] = [before + after] + [""] * (last - first)
 
 
 def _modules_behind(source, found=frozenset()):
@@ -65,7 +46,7 @@ def _modules_behind(source, found=frozenset()):
 def stamp(path):
     """SHA-256 of the code that a notebook's outputs follow from: its own cells and the modules behind them."""
     own = "\n".join(c.source for c in read_nb(path).cells if c.cell_type == "code")
-    behind = {name: _without_docstrings((REPO / "act" / f"{name}.py").read_text(encoding="utf-8")) for name in sorted(_modules_behind(own))}
+    behind = {name: executed_code((REPO / "act" / f"{name}.py").read_text(encoding="utf-8")) for name in sorted(_modules_behind(own))}
     return hashlib.sha256(json.dumps([own, behind]).encode()).hexdigest()
 
 

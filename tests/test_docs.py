@@ -158,9 +158,9 @@ def test_outputs_were_made_by_the_code_of_today():
 
 
 def test_a_stamp_passes_over_comments_docstrings_and_blank_lines():
-    from run_notebooks import _without_docstrings
-    assert _without_docstrings('def f(x):\n    """Été # no."""  # yes\n    y = f"{x} # kept"   # gone\n\n    return y\n') == 'def f(x):\n    y = f"{x} # kept"\n    return y'
-    assert _without_docstrings('class A:\n    """One\n    two."""\n    b = """kept"""\n') == 'class A:\n    b = """kept"""'
+    from run_notebooks import executed_code
+    assert executed_code('def f(x):\n    """Été # no."""  # yes\n    y = f"{x} # kept"   # gone\n\n    return y\n') == 'def f(x):\n    y = f"{x} # kept"\n    return y'
+    assert executed_code('class A:\n    """One\n    two."""\n    b = """kept"""\n') == 'class A:\n    b = """kept"""'
 
 
 def test_changed_code_puts_outputs_out_of_date(tmp_path, monkeypatch):
