@@ -8,7 +8,7 @@ __all__ = ['FROZEN', 'CODE', 'PACKAGES', 'OUTSIDE', 'StudyError', 'Run', 'execut
            'compare']
 
 # %% ../nbs/api/10_study.ipynb #stu00003
-import ast, errno, hashlib, importlib, importlib.metadata, io, json, os, platform, re, shutil, subprocess, sys, time, tokenize, traceback
+import ast, errno, hashlib, importlib, importlib.metadata, io, json, os, platform, re, shutil, subprocess, sys, time, tokenize, traceback, warnings
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -371,7 +371,10 @@ def _labelled(run, store): return run, execute(run, store)
 def _in_parallel(runs, store, jobs, progress):
     "The record of each run."
     work = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")(joblib.delayed(_labelled)(r, store) for r in runs)
-    try: return dict(tqdm(work, total=len(runs), desc="runs", file=sys.stdout, mininterval=2, ncols=80, disable=not progress))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "A worker stopped")       # joblib replaces a worker whose memory has grown; no run is lost
+            return dict(tqdm(work, total=len(runs), desc="runs", file=sys.stdout, mininterval=2, ncols=80, disable=not progress))
     except BrokenProcessPool as e:
         signal, done = re.search(r"SIG\w+", str(e)), sum(store.get(r) is not None for r in runs)
         raise StudyError(f"a worker process was ended{f' by {signal[0]}' if signal else ''}, as happens when memory or disk runs out: {done} of {len(runs)} runs "
