@@ -1,4 +1,5 @@
 """Notebooks, library and README say the same; metadata is what the standards ask for."""
+import importlib.metadata
 import json
 import re
 import subprocess
@@ -8,6 +9,8 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 PAPER = sorted(Path(__file__).parents[1].glob("nbs/paper/*.ipynb"))
 ORDER = "manifest audio tasks words encoders backbones losses tuning embeddings probes geometry study report explorer cli".split()
@@ -42,6 +45,19 @@ def test_paper_notebooks_have_parameters_and_export_nothing(path):
     assert sum("parameters" in c.metadata.get("tags", []) for c in cells) == 1
     assert not any("#| export" in c.source for c in cells) and not any(c.get("outputs") for c in cells)
     assert cells[0].source.startswith("# ")
+
+
+def test_pins_admit_the_first_release_of_this_python(repo):
+    first = f"{sys.version_info.major}.{sys.version_info.minor}.0"
+    pins = [Requirement(line) for line in (repo / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
+    pins = [p for p in pins if not p.marker or p.marker.evaluate({"python_full_version": first})]
+    refused = []
+    for pin in pins:
+        try: here = importlib.metadata.metadata(pin.name)
+        except importlib.metadata.PackageNotFoundError: continue
+        wanted = here["Requires-Python"]
+        if here["Version"] in pin.specifier and wanted and first not in SpecifierSet(wanted): refused.append(f"{pin}: Python {wanted}")
+    assert not refused and len(pins) > 200
 
 
 def test_citation_follows_the_standard(repo):
