@@ -115,12 +115,25 @@ def _stamp(notebook, parameters):
     return hashlib.sha256(notebook.read_bytes() + (paper_folder() / "reported.csv").read_bytes() + (code_digest(everything) + known).encode()).hexdigest()
 
 
+def _mark(out, name): return out / "notebooks" / f"{name}.stamp"
+
+
+def _last(out, name):
+    "Stamp of a notebook's last success in a results folder and the seconds it took; none when there was none."
+    try: stamp, seconds = _mark(out, name).read_text().split()
+    except (OSError, ValueError): return None, 0.
+    return stamp, float(seconds)
+
+
 def _own(notebook, parameters):
     "The parameters that a notebook declares in its tagged cell."
     import nbformat
     tagged = next(c.source for c in nbformat.read(notebook, 4).cells if "parameters" in c.metadata.get("tags", []))
     declared = {target.id for node in ast.parse(tagged).body for target in node.targets}
     return {k: v for k, v in parameters.items() if k in declared}
+
+
+def _told(o): return f"unchanged, made in {o['seconds']:.0f} s" if o["status"] == "unchanged" else f"{o['status']} in {o['seconds']:.0f} s"
 
 
 def _run_notebook(notebook, out, parameters):
@@ -155,7 +168,7 @@ def reproduce_all(profile, only=None, seeds=None, results=None):
     Returns
     -------
     dict of str to dict
-        For each notebook ``status`` (``done``, ``unchanged`` or ``failed``), ``seconds`` and, if it failed, ``error``.
+        For each notebook ``status`` (``done``, ``unchanged`` or ``failed``), ``seconds`` of its last execution and, if it failed, ``error``.
     """
     from act.report import write_text
     parameters, notebooks = read_profile(profile), paper_notebooks(only)
@@ -163,13 +176,14 @@ def reproduce_all(profile, only=None, seeds=None, results=None):
     parameters |= dict(results=str(results)) | (dict(seeds=seeds) if seeds else {})
     out, outcome = results / parameters["profile"], {}
     for notebook in notebooks:
-        stamp, mark = _stamp(notebook, _own(notebook, parameters)), out / "notebooks" / f"{notebook.stem}.stamp"
-        if mark.exists() and mark.read_text() == stamp: outcome[notebook.stem] = dict(status="unchanged", seconds=0.)
+        name, stamp = notebook.stem, _stamp(notebook, _own(notebook, parameters))
+        before, seconds = _last(out, name)
+        if before == stamp: outcome[name] = dict(status="unchanged", seconds=seconds)
         else:
-            print(f"== {notebook.stem} ({profile})", flush=True)
-            outcome[notebook.stem] = _run_notebook(notebook, out, parameters)
-            if outcome[notebook.stem]["status"] == "done": write_text(mark, stamp)
-        print(f"   {notebook.stem}: {outcome[notebook.stem]['status']} in {outcome[notebook.stem]['seconds']:.0f} s", flush=True)
+            print(f"== {name} ({profile})", flush=True)
+            outcome[name] = _run_notebook(notebook, out, parameters)
+            if outcome[name]["status"] == "done": write_text(_mark(out, name), f"{stamp} {outcome[name]['seconds']:.1f}\n")
+        print(f"   {name}: {_told(outcome[name])}", flush=True)
     return outcome
 
 # %% ../nbs/api/12_cli.ipynb #cli00017
@@ -186,6 +200,12 @@ def _artefacts(out):
     return "\n".join(parts)
 
 
+def _with_earlier(out, outcome):
+    "The outcome of every paper notebook: what was not asked for today may have been made before."
+    earlier = {n.stem: dict(status="earlier", seconds=_last(out, n.stem)[1]) for n in paper_notebooks() if _last(out, n.stem)[0]}
+    return {n.stem: (earlier | outcome)[n.stem] for n in paper_notebooks() if n.stem in earlier | outcome}
+
+
 def _line(name, o):
     link = f'<a href="notebooks/{name}.html">{name}</a>' if o["status"] != "failed" else name
     return f"<tr><td>{link}</td><td>{o['status']}</td><td>{o['seconds']:.0f}</td><td>{html.escape(o.get('error', ''))}</td></tr>"
@@ -196,7 +216,7 @@ def _about(out, profile, outcome):
     from act.study import Store
     made = [r["provenance"] for r in Store(out / "runs").records()]
     told = {k: sorted({json.dumps(p[k], sort_keys=True) if k == "packages" else str(p[k]) for p in made}) for k in ("revision", "device", "python", "packages")}
-    lines = [f"- {k}: {', '.join(v)}" for k, v in told.items()] + [f"- {name}: {o['status']}" + (f" in {o['seconds']:.0f} s" if o["status"] == "done" else "") for name, o in outcome.items()]
+    lines = [f"- {k}: {', '.join(v)}" for k, v in told.items()] + [f"- {name}: {'failed' if o['status'] == 'failed' else 'made'} in {o['seconds']:.0f} s" for name, o in outcome.items()]
     return "\n".join([f"# Results of the profile {profile}", "", f"Made by `make reproduce PROFILE={profile}` from {len(made)} runs (`runs/`, one JSON file each); "
                       f"`act check-results` derives the tables from them again.", "", *lines]) + "\n"
 
@@ -204,10 +224,11 @@ def _about(out, profile, outcome):
 def _write_report(out, profile, outcome):
     from act.report import write_text
     from act.study import provenance
+    outcome = _with_earlier(out, outcome)
     write_text(out / "README.md", _about(out, profile, outcome))
     for name, o in outcome.items():
         page = out / "notebooks" / f"{name}.html"
-        if o["status"] == "done" or (o["status"] == "unchanged" and not page.exists()): write_text(page, _html(page.with_suffix(".ipynb")))
+        if o["status"] == "done" or (o["status"] in ("unchanged", "earlier") and not page.exists()): write_text(page, _html(page.with_suffix(".ipynb")))
     rows = "\n".join(_line(*item) for item in outcome.items())
     about = html.escape(json.dumps(provenance(), indent=1))
     return write_text(out / "index.html", f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>act: {profile}</title>

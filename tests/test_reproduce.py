@@ -1,5 +1,6 @@
 """The paper notebooks by papermill: complete, resumable, byte-identical, and clear about mistakes."""
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,8 +47,11 @@ def test_one_command_writes_the_table(first):
 
 
 def test_again_nothing_is_run(first):
+    readme = (first / "tiny" / "README.md").read_text()
     done = act("reproduce", "--profile", first / "tiny.yaml", "--only", "table_2", "--results", first)
     assert done.returncode == 0 and "table_2_single_label: unchanged" in done.stdout
+    assert (first / "tiny" / "README.md").read_text() == readme and re.search(r"table_2_single_label: made in [1-9]\d* s", readme)      # its time, not today's
+    assert "figure_1_framework.html" in (first / "tiny" / "index.html").read_text()                                                   # though not asked for
 
 
 def test_tables_follow_from_the_records(first):
