@@ -70,7 +70,7 @@ class TuneConfig:
         A kind of `act.losses.LOSSES` for contrastive tuning, a key of `CLASSIFICATION_LOSSES` otherwise. None: ``"supcon"`` (single-label),
         ``"jaccard"`` (multi-label), ``"cross-entropy"``, ``"bce"``.
     passes : int
-        Clip passes over the training split.
+        Clip passes over the training split; a last epoch that they do not fill ends early.
     batch : int
         Rows of a step that go through the encoder: clips times views.
     lr, head_lr : float
@@ -136,7 +136,7 @@ class TuneConfig:
     def copies(self): return self.views if self.method == "contrastive" else 1
 
     @property
-    def epochs(self): return max(1, round(self.passes / self.copies))
+    def epochs(self): return math.ceil(self.passes / self.copies)
 
 # %% ../nbs/api/06_tuning.ipynb #tun00010
 def _uniform(n, low, high, like): return low + (high - low) * torch.rand(n, 1, device=like.device)
@@ -441,7 +441,8 @@ class _Loop:
         tunable = Tunable(backbone, self._head(backbone.to(fabric.device), task))
         self.model, self.optimiser = fabric.setup(tunable, _optimiser(tunable, config))
         size = max(1, config.batch // config.copies)
-        self.order = [(e, b) for e in range(config.epochs) for b in batches(self.labels[self.rows], size, config.seed, e, config.per_class)]
+        order = [(e, b) for e in range(config.epochs) for b in batches(self.labels[self.rows], size, config.seed, e, config.per_class)]
+        self.order = order[:max(1, round(len(order) * config.passes / (config.copies * config.epochs)))]
         self.step, self.log, self.best = 0, [], None
         if self.folder is not None and (self.folder / CHECKPOINT).exists(): _load_checkpoint(self)
 

@@ -45,6 +45,14 @@ def test_two_processes_tune_like_one(method, tmp_path):
     assert (weights(one) - weights(two)).norm() < .05 * moved      # Adam magnifies the noise of summation order
 
 
+@pytest.mark.parametrize("passes", [1, 3, 4])
+def test_equal_passes_cost_every_method_the_same(passes):
+    task = load_task("words-4")
+    methods = dict(method="vanilla"), dict(method="contrastive", views=2), dict(method="contrastive", views=4)
+    rows = [tune(load_backbone("log-mel"), task, TuneConfig(passes=passes, batch=16, **m), progress=False).log.rows.sum() for m in methods]
+    assert len(set(rows)) == 1 and rows[0] == passes * len(task.indices("train"))
+
+
 def test_gradient_caching_tunes_like_the_whole_batch():
     task = load_task("words-8")
     whole, parts = (tune(load_backbone("speech-embedding"), task, replace(CONFIG, micro_batch=m), progress=False) for m in (None, 16))
