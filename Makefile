@@ -7,7 +7,7 @@ bin := .venv/bin
 ready := .venv/.ready
 options = --profile $(PROFILE) $(if $(ONLY),--only $(ONLY)) $(if $(SEEDS),--seeds $(SEEDS))
 
-.PHONY: help env reproduce test test-slow lab docs notebooks sync check-results bench clean
+.PHONY: help env reproduce estimate test test-slow lab docs notebooks sync check-results bench clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 18
@@ -24,6 +24,9 @@ $(ready): constraints.txt settings.ini setup.py
 
 reproduce: $(ready)  ## run the paper notebooks: PROFILE=quick|small|full ONLY=table_2 SEEDS=3
 	@$(bin)/act reproduce $(options)
+
+estimate: $(ready)  ## what a profile costs in hours and disk on this machine: PROFILE=full
+	@$(bin)/act reproduce $(options) --estimate
 
 test: $(ready)   ## everything CI proves, under 15 minutes on two cores
 	@OMP_NUM_THREADS=1 $(bin)/python -m pytest -n 2 --dist loadfile -m "not slow"

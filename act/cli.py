@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['app', 'BYTES_PER_GB', 'AsJson', 'study_app', 'MINIMUM_FREE', 'main', 'ReproduceError', 'paper_folder', 'read_profile',
-           'paper_notebooks', 'reproduce_all', 'download_estimate', 'reproduce', 'check_results', 'tasks', 'backbones',
-           'fetch', 'read_embeddings', 'probe', 'tune', 'status', 'doctor']
+           'paper_notebooks', 'reproduce_all', 'needed_entries', 'download_estimate', 'reproduce', 'check_results',
+           'tasks', 'backbones', 'fetch', 'read_embeddings', 'probe', 'tune', 'status', 'doctor']
 
 # %% ../nbs/api/12_cli.ipynb #cli00003
-import ast, hashlib, html, json, logging, os, shutil, sys, time
+import ast, hashlib, html, json, logging, os, re, shutil, sys, time
 from pathlib import Path
 from typing import List, Optional
 
@@ -195,9 +195,16 @@ def _html(notebook):
 def _artefacts(out):
     "Every table and figure of a profile as one piece of HTML."
     from nbconvert.filters import markdown2html
-    parts = [f"<h2 id='{p.stem}'>{p.stem}</h2>\n" + (markdown2html(p.read_text(encoding="utf-8")) if p.suffix == ".md" else f'<img src="{p.name}" alt="{p.stem}">')
-             for p in sorted(out.iterdir()) if p.suffix in (".md", ".svg") and p.stem != "README"]
+    from act.report import alternative_text, picture
+    parts = [f"<h2 id='{p.stem}'>{p.stem.replace('_', ' ')}</h2>\n" + (markdown2html(p.read_text(encoding="utf-8")) if p.suffix == ".md" else picture(p, alternative_text(p) or p.stem))
+             for p in _in_reading_order(out)]
     return "\n".join(parts)
+
+
+def _in_reading_order(out):
+    "The claims first, then by name; of each name figures before tables."
+    found = [p for p in out.iterdir() if p.suffix in (".md", ".svg") and p.stem != "README"]
+    return sorted(found, key=lambda p: (not p.stem.startswith("claims"), p.stem, p.suffix == ".md"))
 
 
 def _with_earlier(out, outcome):
@@ -213,8 +220,8 @@ def _line(name, o):
 
 def _about(out, profile, outcome):
     "What made the results, as Markdown: command, revisions, device, versions, times."
-    from act.study import Store
-    made = [r["provenance"] for r in Store(out / "runs").records()]
+    from act.study import Store, code_digest
+    made = [r["provenance"] for r in Store(out / "runs").records() if r["code"] == code_digest()]      # not those of earlier code, which no table uses
     told = {k: sorted({json.dumps(p[k], sort_keys=True) if k == "packages" else str(p[k]) for p in made}) for k in ("revision", "device", "python", "packages")}
     lines = [f"- {k}: {', '.join(v)}" for k, v in told.items()] + [f"- {name}: {'failed' if o['status'] == 'failed' else 'made'} in {o['seconds']:.0f} s" for name, o in outcome.items()]
     return "\n".join([f"# Results of the profile {profile}", "", f"Made by `make reproduce PROFILE={profile}` from {len(made)} runs (`runs/`, one JSON file each); "
@@ -230,56 +237,114 @@ def _write_report(out, profile, outcome):
         page = out / "notebooks" / f"{name}.html"
         if o["status"] == "done" or (o["status"] in ("unchanged", "earlier") and not page.exists()): write_text(page, _html(page.with_suffix(".ipynb")))
     rows = "\n".join(_line(*item) for item in outcome.items())
-    about = html.escape(json.dumps(provenance(), indent=1))
+    from nbconvert.filters import markdown2html
+    about = markdown2html((out / "README.md").read_text(encoding="utf-8").split("\n", 1)[1])
+    here = html.escape(json.dumps(provenance(), indent=1))
     return write_text(out / "index.html", f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>act: {profile}</title>
 <style>body{{font:16px/1.5 sans-serif;max-width:80rem;margin:2rem auto;padding:0 1rem}}td,th{{text-align:left;padding:.2rem 1rem .2rem 0}}img{{max-width:100%}}table{{font-size:.8em}}</style>
 <h1>Results of the profile {profile}</h1>
+{about}
 <table><tr><th>notebook</th><th>status</th><th>seconds</th><th>why</th></tr>
 {rows}
 </table>
 {_artefacts(out)}
-<h2>Provenance</h2><pre>{about}</pre></html>
+<h2>The environment of this report</h2><pre>{here}</pre></html>
 """)
 
 # %% ../nbs/api/12_cli.ipynb #cli00019
 BYTES_PER_GB = 1e9
 
 
-def download_estimate(parameters):
+def needed_entries(profile, only=None):
+    """The manifest entries that a profile reads.
+
+    Parameters
+    ----------
+    profile : dict
+        From `read_profile`.
+    only : str, optional
+        As for `paper_notebooks`.
+
+    Returns
+    -------
+    list of str
+        The data and the weights of its rows, and what its Table 1 counts.
+    """
+    from act.manifest import PROFILES, load_manifest, names_of
+    from act.study import planned_runs
+    known, asked = load_manifest(), planned_runs(_restricted(profile, only))
+    named = {_entry_of(name, known) for runs in asked.values() for r in runs for name in (r.task, r.backbone)} - {None}
+    counted = profile["profile"] in PROFILES and any(n.stem.startswith("table_1") for n in paper_notebooks(only))
+    return sorted(named | {n for n in (names_of(profile["profile"]) if counted else ()) if known[n]["kind"] == "data"})
+
+
+def _restricted(profile, only):
+    "The sections of a profile whose notebooks are asked for."
+    from act.report import SECTIONS
+    notebooks = paper_notebooks(only)
+    return {k: v for k, v in profile.items() if k not in SECTIONS or any(n.stem.startswith(k) for n in notebooks)}
+
+
+def _entry_of(name, known):
+    "`esc10-mix` reads esc10, `asc40/10` asc40, but `asc40-mini` is an entry of its own: the longest that the name begins with."
+    return max((e for e in known if re.match(f"{re.escape(e)}([-/@:]|$)", name)), key=len, default=None)
+
+
+def download_estimate(profile, only=None):
     """What a profile still has to download.
 
     Parameters
     ----------
-    parameters : dict
-        From `read_profile`.
+    profile, only
+        As for `needed_entries`.
 
     Returns
     -------
     DataFrame
-        One row a manifest entry that is not at hand: download and unpacked size in bytes.
+        One row a manifest entry that is not at hand: download and unpacked size in bytes, NaN where nobody states it.
     """
     from act.manifest import list_entries
-    entries, asked = list_entries(), json.dumps(parameters)
-    return entries[[f'"{name}' in asked and state == "remote" for name, state in zip(entries.index, entries.state)]][["download", "unpacked"]]
+    entries = list_entries().loc[needed_entries(profile, only)]
+    return entries[entries.state == "remote"][["download", "unpacked"]].astype(float)
 
 
-def _announce(parameters):
-    remote = download_estimate(parameters)
-    if parameters.get("hours"): print(f"This profile takes about {parameters['hours']} (an estimate, not a measurement).")
-    if len(remote): print(f"To be downloaded: {', '.join(remote.index)}; {remote.download.sum() / BYTES_PER_GB:.1f} GB, {shutil.disk_usage('.').free / BYTES_PER_GB:.0f} GB free here.")
+def _sum(bytes): return f"{'at least ' if bytes.isna().any() else ''}{bytes.sum() / BYTES_PER_GB:.1f} GB"
+
+
+def _announce(profile, only, asked):
+    "Print what a profile downloads and, where it downloads something or on request, how long it takes."
+    from act.manifest import cache_dir
+    remote = download_estimate(profile, only)
+    if len(remote): print(f"To be downloaded: {', '.join(remote.index)}; {_sum(remote.download)}, unpacked {_sum(remote.unpacked)}; "
+                          f"{shutil.disk_usage(cache_dir()).free / BYTES_PER_GB:.0f} GB free in {cache_dir()}.")
+    if len(remote) or asked: print(_cost(_restricted(profile, only)), flush=True)
+
+
+def _cost(profile):
+    from act.study import default_jobs, estimate, provenance
+    cost = estimate(profile)
+    of_encoder = cost.groupby("backbone", sort=False)[["hours", "hours_here"]].sum(min_count=1)
+    unknown = sorted({t for names in cost.unknown for t in names.split(", ") if t} | set(cost.backbone[cost.speed.isna()]))
+    return (f"At most {cost.runs.sum()} runs with {cost.hours.sum():,.0f} hours of audio in training steps: about {_lasting(of_encoder.hours_here.sum())} on {provenance()['device']}, {default_jobs()} at once, "
+            f"by timing each encoder ({', '.join(f'{b} {_lasting(h.hours_here)}' for b, h in of_encoder.iterrows())})" + (f"; not counted, as nobody states their size: {', '.join(unknown)}" if unknown else "") + ".")
+
+
+def _lasting(hours): return "unknown" if hours != hours else f"{max(1, 60 * hours):.0f} min" if hours < 2 else f"{hours:,.0f} h"
 
 # %% ../nbs/api/12_cli.ipynb #cli00020
 @app.command()
 def reproduce(profile: str = typer.Option("quick", help="quick, small, full, or a YAML file."),
               only: Optional[str] = typer.Option(None, help="Beginnings of names, such as table_2,figure_3."),
               seeds: Optional[int] = typer.Option(None, min=1, help="Instead of the profile's number of seeds."),
-              results: Optional[Path] = typer.Option(None, help="Where tables and figures go.")):
+              results: Optional[Path] = typer.Option(None, help="Where tables and figures go."),
+              estimate: bool = typer.Option(False, help="Say what it costs in hours and disk, and do nothing.")):
     """Run the paper notebooks, by papermill.
 
     Example: act reproduce --profile quick --only table_2
     """
     parameters = read_profile(profile)
-    _announce(parameters)
+    _announce(parameters | (dict(seeds=seeds) if seeds else {}), only, estimate)
+    if estimate: return
     outcome = reproduce_all(profile, only, seeds, results)
     out = Path(results or paper_folder().parents[1] / "results") / parameters["profile"]
     print(f"report: {_write_report(out, parameters['profile'], outcome)}")

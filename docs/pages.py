@@ -10,6 +10,8 @@ from pathlib import Path
 import nbformat
 from nbformat.v4 import new_markdown_cell
 
+from act.report import alternative_text
+
 REPO = Path(__file__).parents[1]
 NBS, RESULTS = REPO / "nbs", REPO / "results"
 GUIDES = "first_steps your_own_audio multi_label probe_embeddings add_a_backbone scale_out read_the_geometry".split()
@@ -96,7 +98,7 @@ def picture_name(path): return f"{path.parent.name}-{path.name}"
 
 
 def _artefact(path):
-    if path.suffix == ".svg": return f"![{path.stem.replace('_', ' ')}, profile {path.parent.name}]({picture_name(path)})"
+    if path.suffix == ".svg": return f"![{alternative_text(path) or path.stem.replace('_', ' ')}]({picture_name(path)})"
     return path.read_text(encoding="utf-8").strip()
 
 

@@ -13,6 +13,13 @@ TINY = dict(profile="tiny", seeds=2, jobs=1,
             table_2=dict(tasks=["words-4", "words-9999"], backbones=["log-mel", "speech-embedding"], tune={"words-4": ["speech-embedding"]}, trials=[dict(lr=1e-3, passes=1)]))
 
 
+EVERY = dict(profile="every", seeds=2, jobs=2, table_1=dict(tasks=["words-4", "words-mix-8"]), table_2=TINY["table_2"],
+             table_3=dict(tasks=["words-mix-8"], backbones=["log-mel"], methods=["frozen"], trials=[]),
+             figure_2=dict(families=dict(words=["words-4", "words-8"]), backbone="speech-embedding", methods=["vanilla", "contrastive"], trials=dict(words=TINY["table_2"]["trials"])),
+             figure_3=dict(task="words-4", backbone="speech-embedding", trials=dict(others=TINY["table_2"]["trials"]), shown=4),
+             table_4=dict(task="words-4", backbone="speech-embedding", base=dict(lr=1e-3, passes=1), changes=[dict(views=1)], labels={5: 4}))
+
+
 def act(*words, **env):
     """Run the command line; returns the finished process."""
     return subprocess.run([ACT, *map(str, words)], capture_output=True, text=True, env={**os.environ, **env})
@@ -108,3 +115,43 @@ def test_a_failing_notebook_leaves_the_others(tmp_path):
     assert half.returncode == 1 and "1 of 2 notebooks failed" in half.stderr and "did you mean tasks?" in half.stderr
     assert (tmp_path / "half" / "figure_1_framework.svg").exists()
     assert "did you mean tasks?" in (tmp_path / "half" / "index.html").read_text()
+
+
+@pytest.mark.parametrize("name", ["quick", "small", "full"])
+def test_profiles_that_ship_can_be_planned(name):
+    from act.cli import needed_entries, read_profile
+    from act.study import planned_runs
+    profile = read_profile(name)
+    plan = planned_runs(profile)
+    assert all(plan[s] for s in ("table_2", "table_3", "table_4", "figure_2")) and all(r.config is None or r.config.passes for runs in plan.values() for r in runs)
+    assert len(needed_entries(profile)) == len(set(needed_entries(profile))) and "speech-embedding" in needed_entries(profile) or name == "full"
+
+
+def test_entries_are_those_of_the_tasks_asked_for():
+    from act.cli import needed_entries
+    rows = dict(tasks=["asc40-mini/10", "esc10-mix", "words-8", "fsdd@theo"], backbones=["musicnn-vgg", "wavlm-base-plus", "log-mel"])
+    assert needed_entries(dict(profile="own", table_2=rows)) == ["asc40-mini", "esc10", "fsdd", "musicnn", "wavlm-base-plus"]
+
+
+def test_an_estimate_runs_nothing(tiny, tmp_path):
+    done = act("reproduce", "--profile", tiny, "--results", tmp_path / "out", "--estimate")
+    assert done.returncode == 0 and re.search(r"At most \d+ runs with [\d,]+ hours of audio.*about .+ by timing each encoder", done.stdout), done.stdout + done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_notebook_makes_its_artefacts(tmp_path):
+    (tmp_path / "every.yaml").write_text(yaml.safe_dump(EVERY))
+    done = act("reproduce", "--profile", tmp_path / "every.yaml", "--results", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    out = tmp_path / "every"
+    made = {p.name for p in out.iterdir()}
+    tables = "table_1_tasks table_2_single_label table_2_single_label_chosen table_3_multi_label figure_2_class_count figure_3_geometry table_4_ablations table_4_ablations_labels claims claims_rows"
+    figures = "figure_1_framework figure_2_class_count figure_3_maps figure_3_purity"
+    assert {f"{t}.{k}" for t in tables.split() for k in ("csv", "md", "tex")} | {f"{f}.{k}" for f in figures.split() for k in ("svg", "pdf")} <= made
+    report = (out / "index.html").read_text()
+    assert report.count("data:image/svg+xml") == 4 and all(alt for alt in re.findall(r'<img alt="([^"]*)"', report)) and "The dual probe shows why" in report
+    assert "<audio" in (out / "notebooks" / "table_1_tasks.html").read_text()
+    claimed = (out / "claims.csv").read_text()
+    (out / "claims.csv").write_text(claimed.replace("undecided", "supported"))
+    wrong = act("check-results", out)
+    assert wrong.returncode == 1 and "claims" in wrong.stderr
