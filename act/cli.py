@@ -358,8 +358,8 @@ def check_results(folder: Path = typer.Argument(Path("results/small"), help="A r
 
     Example: act check-results results/small
     """
-    from act.report import derived_tables, differing_tables
-    if differing := differing_tables(folder): raise ReproduceError(f"{folder}: {', '.join(differing)} not as the run records say; run act reproduce again")
+    from act.report import derived_tables, differing_files
+    if differing := differing_files(folder, paper_folder() / "reported.csv"): raise ReproduceError(f"{folder}: {', '.join(differing)} not as the run records say; run act reproduce again")
     typer.echo(f"{folder}: {', '.join(derived_tables(folder))} follow from the run records")
 
 # %% ../nbs/api/12_cli.ipynb #cli00024

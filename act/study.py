@@ -9,7 +9,7 @@ __all__ = ['FROZEN', 'CODE', 'PACKAGES', 'OUTSIDE', 'SINGLE_LABEL', 'MULTI_LABEL
            'PlannedRow', 'planned_rows', 'planned_runs', 'task_hours', 'workload', 'audio_speed', 'estimate']
 
 # %% ../nbs/api/10_study.ipynb #stu00003
-import ast, errno, hashlib, importlib, importlib.metadata, io, json, os, platform, re, shutil, subprocess, sys, time, tokenize, traceback, warnings
+import ast, errno, hashlib, importlib, importlib.metadata, inspect, io, json, os, platform, re, shutil, subprocess, sys, time, tokenize, traceback, warnings
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -452,7 +452,13 @@ def trial_runs(task, backbone, methods, trials, seed=0):
     -------
     dict of str to list of Run
         Column name to its trials; one alone for ``frozen``.
+
+    Raises
+    ------
+    StudyError
+        If a method has nothing to choose from.
     """
+    if not trials and any(method != FROZEN for method, _ in methods.values()): raise StudyError(f"{task}, {backbone}: no trials to choose from; give at least one set of options")
     return {name: [Run(task, backbone, method, seed, {**options, **t}) for t in (trials if method != FROZEN else [{}])]
             for name, (method, options) in methods.items()}
 
@@ -545,8 +551,17 @@ def planned_rows(section, options):
     Returns
     -------
     list of PlannedRow
+
+    Raises
+    ------
+    StudyError
+        If the section lacks an option or names an unknown method.
     """
-    return list(_PLANS[section](**options)) if section in _PLANS and options else []
+    if section not in _PLANS or not options: return []
+    needed = [n for n, p in inspect.signature(_PLANS[section]).parameters.items() if p.default is p.empty and p.kind != p.VAR_KEYWORD]
+    lacking = [n for n in needed if n not in options or (n != "trials" and not options[n])]
+    if lacking: raise StudyError(f"{section} has no {' and no '.join(lacking)}: name them in that section of the profile")
+    return list(_PLANS[section](**options))
 
 # %% ../nbs/api/10_study.ipynb #stu00043
 def _selected(methods, names):

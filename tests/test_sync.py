@@ -74,6 +74,6 @@ def test_reported_values_have_sources(repo):
 
 
 def test_committed_results_follow_from_their_records(repo):
-    from act.report import differing_tables
+    from act.report import differing_files
     if not (repo / "results" / "small").is_dir(): pytest.skip("no committed results yet")
-    assert differing_tables(repo / "results" / "small") == []
+    assert differing_files(repo / "results" / "small", repo / "nbs" / "paper" / "reported.csv") == []
