@@ -243,7 +243,7 @@ def _scores(dual, metric):
                 valid={p: {metric: _valid_score(getattr(dual, p), key)} for p, key in PROBES.items()})
 
 
-MOST_RANKS = 20_000      # clips times labels that a record holds
+MOST_RANKS = 10_000      # clips times labels that a record holds, 100 kB or so
 
 
 def _compared(dual, labels):
