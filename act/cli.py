@@ -361,9 +361,9 @@ def check_results(folder: Path = typer.Argument(Path("results/small"), help="A r
 
     Example: act check-results results/small
     """
-    from act.report import derived_tables, differing_files
+    from act.report import differing_files, recorded
     if differing := differing_files(folder, paper_folder() / "reported.csv"): raise ReproduceError(f"{folder}: {', '.join(differing)} not as the run records say; run act reproduce again")
-    typer.echo(f"{folder}: {', '.join(derived_tables(folder))} follow from the run records")
+    typer.echo(f"{folder}: {', '.join(recorded(folder))} and what is derived from them follow from the run records")
 
 # %% ../nbs/api/12_cli.ipynb #cli00024
 def _print(frame, as_json):

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['COMMON', 'SECTIONS', 'CONFIDENCE', 'PROBES', 'TABLE_2', 'TABLE_3', 'FIGURE_2', 'TABLE_4', 'TABLE_4_LABELS',
-           'FIGURE_3', 'CHOOSING', 'UNDER_TEST', 'PAIRED_COLUMNS', 'SEPARATION', 'PAIRED_PROTOCOL', 'COLOURS',
-           'PALETTE', 'LISTENING_RATE', 'ROW_COLUMNS', 'READS', 'FEWEST_RUNS', 'OWN_FORMS', 'LIES', 'REPORTED_COLUMNS',
-           'ReportError', 'check_names', 'parameters', 'mean_interval', 'long_table', 'wide_table', 'chosen_table',
-           'not_measured', 'geometry_table', 'geometry_text', 'protocol', 'paired_table', 'geometry_pairs',
-           'paired_text', 'write_text', 'save_table', 'derived_tables', 'recorded', 'printed', 'differing_files',
-           'save_figure', 'picture', 'alternative_text', 'listen', 'difference', 'judged', 'findings', 'slope',
-           'class_gains', 'claim_rows', 'verdict', 'class_slopes', 'rank_correlation', 'probe_geometry', 'claims',
-           'claims_text', 'verdict_sentences', 'reported', 'with_reported']
+           'FIGURE_3', 'CHOOSING', 'CHOSEN_PROTOCOL', 'UNDER_TEST', 'PAIRED_COLUMNS', 'SEPARATION', 'PAIRED_PROTOCOL',
+           'COLOURS', 'PALETTE', 'LISTENING_RATE', 'ROW_COLUMNS', 'READS', 'FEWEST_RUNS', 'OWN_FORMS', 'LIES',
+           'REPORTED_COLUMNS', 'ReportError', 'check_names', 'parameters', 'mean_interval', 'long_table', 'wide_table',
+           'chosen_table', 'not_measured', 'geometry_table', 'geometry_text', 'protocol', 'paired_table',
+           'geometry_pairs', 'paired_text', 'write_text', 'save_table', 'derived_tables', 'recorded', 'printed',
+           'differing_files', 'save_figure', 'picture', 'alternative_text', 'listen', 'difference', 'judged',
+           'findings', 'slope', 'class_gains', 'claim_rows', 'verdict', 'class_slopes', 'rank_correlation',
+           'probe_geometry', 'claims', 'claims_text', 'verdict_sentences', 'reported', 'with_reported']
 
 # %% ../nbs/api/11_report.ipynb #rep00003
 import base64, difflib, html, io, json, os, re
@@ -181,6 +181,9 @@ def wide_table(long, columns=("method", "probe")):
 def _in_order(cells, keys): return list(dict.fromkeys(zip(*(cells[k] for k in keys)))) if len(keys) > 1 else list(dict.fromkeys(cells[keys[0]]))
 
 # %% ../nbs/api/11_report.ipynb #rep00065
+CHOSEN_PROTOCOL = "Chosen on the validation split: options of each method, penalty C of each seed's linear probe; validation {metric} in percent."
+
+
 def chosen_table(long):
     """What each method and its linear probes chose.
 
@@ -308,8 +311,13 @@ def _pair(a, b, probe):
     a, b = _seed_by_seed(a, b)
     kept = all(r.get("truth") and r["truth"] == a[0]["truth"] for r in (*a, *b))
     scores = (np.array([r["scores"]["test"][probe][r["metric"]] for r in records]) for records in (a, b))
-    c = _cautious(_over_seeds(*scores), *([_over_clips(a, b, probe)] if kept else []))
-    return dict({k: round(v, 4) for k, v in zip(("difference", "low", "high", "p", "d_z"), c)}, seeds=len(a), clips=a[0]["clips"]["test"], over="clips and seeds" if kept else "seeds")
+    compared = _cautious(_over_seeds(*scores), *([_over_clips(a, b, probe)] if kept else []))
+    return _cells(compared, a, "clips and seeds" if kept else "seeds")
+
+
+def _cells(compared, records, over):
+    told = {k: round(v, 4) for k, v in zip(("difference", "low", "high", "p", "d_z"), compared)}
+    return dict(told, seeds=len(records), clips=records[0]["clips"]["test"], over=over)
 
 
 def _seed_by_seed(a, b):
@@ -358,8 +366,8 @@ def geometry_pairs(comparisons, *methods):
 
 def _geometry_pair(a, b, measure):
     a, b = _seed_by_seed(a, b)
-    c = _over_seeds(*(np.array([r["geometry"]["measures"][measure] for r in records]) * SEPARATION[measure] for records in (a, b)))
-    return dict({k: round(v, 4) for k, v in zip(("difference", "low", "high", "p", "d_z"), c)}, seeds=len(a), clips=a[0]["clips"]["test"], over="seeds")
+    separation = (np.array([r["geometry"]["measures"][measure] for r in records]) * SEPARATION[measure] for records in (a, b))
+    return _cells(_over_seeds(*separation), a, "seeds")
 
 # %% ../nbs/api/11_report.ipynb #rep00056
 PAIRED_PROTOCOL = ("Difference of the test score in points, mean over seeds, both methods on the same clips and seeds. Interval (95 %) and two-sided p, not adjusted for the "
@@ -534,7 +542,7 @@ def differing_files(folder, published=None):
         Names of files: CSV, Markdown and LaTeX.
     """
     derived = derived_tables(folder)
-    if Path(folder, "claims.csv").exists(): derived |= claims(recorded(folder))
+    if Path(folder, "claims.csv").exists(): derived |= claims(recorded(folder), derived)
     return [path.name for name, long in derived.items() for path, follows in _checks(Path(folder, name), long, published) if not (path.exists() and follows(path.read_text(encoding="utf-8")))]
 
 
@@ -830,21 +838,22 @@ def _tested(found, derived):
     yield "... also in its form with a threshold", "test mAP, Jaccard (threshold 0.3) minus the baseline", True, claim_rows(t3, "jaccard-threshold", baselines)
 
 
-def claims(found):
+def claims(found, derived=None):
     """Every claim of the abstract with its verdict, and the rows behind it.
 
     Parameters
     ----------
     found : dict
         From `recorded`; what it lacks was not measured.
+    derived : dict, optional
+        From `derived_tables` of the same folder, where they are at hand.
 
     Returns
     -------
     dict of str to DataFrame
         ``claims``: claim, statistic, verdict, how many rows lie above zero, below it, or are not told apart, and on which tasks; ``claims_rows``: each row.
     """
-    derived = _derived(found)
-    tested = list(_tested(found, derived))
+    tested = list(_tested(found, derived or _derived(found)))
     verdicts = [dict(claim=claim, statistic=statistic, verdict=verdict(list(zip(rows.low, rows.high))), **_counted(rows), tasks=", ".join(dict.fromkeys(rows.task)))
                 for claim, statistic, _, rows in tested]
     detail = [rows.assign(claim=claim, unit="points" if points else "") for claim, _, points, rows in tested if len(rows)]
