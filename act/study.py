@@ -381,12 +381,14 @@ def _prepare(runs):
         with suppress(Exception): _task(task).waveforms(load_backbone(backbone).rate)
 
 
-def _labelled(run, store): return run, execute(run, store)
+def _labelled(run, store, parent):
+    if parent not in (os.getpid(), os.getppid()): os._exit(1)      # whoever asked was killed: what is queued is not begun
+    return run, execute(run, store)
 
 
 def _in_parallel(runs, store, jobs, progress):
     "The record of each run."
-    work = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")(joblib.delayed(_labelled)(r, store) for r in runs)
+    work = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")(joblib.delayed(_labelled)(r, store, os.getpid()) for r in runs)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "A worker stopped")       # joblib replaces a worker whose memory has grown; no run is lost
@@ -573,7 +575,7 @@ def _selected(methods, names):
 def _table_2(tasks, backbones, trials=(), tune=(), **_):
     for task, backbone in product(tasks, backbones):
         tuned = backbone in dict(tune).get(task, [])
-        yield PlannedRow(task, backbone, SINGLE_LABEL if tuned else _selected(SINGLE_LABEL, [FROZEN]), trials_for(trials, task, backbone))
+        yield PlannedRow(task, backbone, SINGLE_LABEL, trials_for(trials, task, backbone)) if tuned else PlannedRow(task, backbone, _selected(SINGLE_LABEL, [FROZEN]), [])
 
 
 def _table_3(tasks, backbones, methods, trials, **_):

@@ -195,7 +195,13 @@ def test_full_disk_under_the_cache(tmp_path, own_cache, disk):
 def workers_of(pid):
     """The joblib processes below a process."""
     below = [int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
-    return [p for p in below if b"LokyProcess" in Path(f"/proc/{p}/cmdline").read_bytes()]
+    return [p for p in below if works(p)]
+
+
+def works(pid):
+    """Whether a joblib process is there, and not only its entry in the table."""
+    try: return b"LokyProcess" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except FileNotFoundError: return False
 
 
 @pytest.mark.slow
@@ -210,6 +216,18 @@ def test_a_killed_worker_ends_the_study_with_a_clear_message(tmp_path, own_cache
     before = {p: p.stat().st_mtime_ns for p in store.glob("*.json")}
     assert ended(script(code, own_cache, store)) == (0, "all")
     assert [r["status"] for r in only_whole_records(store)] == ["done"] * 4 and all(p.stat().st_mtime_ns == t for p, t in before.items())
+
+
+@pytest.mark.slow
+def test_workers_of_a_killed_study_begin_nothing_new(tmp_path, own_cache):
+    store = tmp_path / "store"
+    process = script("study([run('vanilla', passes=p) for p in range(2, 10)], sys.argv[1], 2)", own_cache, store)
+    while process.poll() is None and not list(store.glob("*.json")): time.sleep(.05)
+    workers = workers_of(process.pid)
+    process.kill()
+    finished, _ = len(list(store.glob("*.json"))), process.wait()
+    while any(map(works, workers)): time.sleep(.1)
+    assert len(workers) == 2 and len(only_whole_records(store)) <= finished + len(workers)
 
 
 def test_results_leave_a_checkout_clean_and_code_does_not(repo, tmp_path):
