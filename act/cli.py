@@ -107,12 +107,13 @@ def paper_notebooks(only=None):
     return [n for n in notebooks if n.stem.startswith(tuple(wanted))]
 
 # %% ../nbs/api/12_cli.ipynb #cli00014
-def _stamp(notebook, parameters):
+def _stamp(notebook, parameters, out):
     from act.study import code_digest
     from act.manifest import load_manifest
     everything = tuple(sorted(p.stem for p in Path(act.__file__).parent.glob("*.py") if p.stem not in ("cli", "_modidx")))
     known = json.dumps([parameters, load_manifest(), os.environ.get("ACT_MIRROR")], sort_keys=True, default=str)
-    return hashlib.sha256(notebook.read_bytes() + (paper_folder() / "reported.csv").read_bytes() + (code_digest(everything) + known).encode()).hexdigest()
+    indices = [p.read_bytes() for p in sorted(out.glob("*.records.json"))] if notebook.stem == "claims" else []      # it reads what the others wrote
+    return hashlib.sha256(b"".join([notebook.read_bytes(), (paper_folder() / "reported.csv").read_bytes(), *indices, (code_digest(everything) + known).encode()])).hexdigest()
 
 
 def _mark(out, name): return out / "notebooks" / f"{name}.stamp"
@@ -176,7 +177,7 @@ def reproduce_all(profile, only=None, seeds=None, results=None):
     parameters |= dict(results=str(results)) | (dict(seeds=seeds) if seeds else {})
     out, outcome = results / parameters["profile"], {}
     for notebook in notebooks:
-        name, stamp = notebook.stem, _stamp(notebook, _own(notebook, parameters))
+        name, stamp = notebook.stem, _stamp(notebook, _own(notebook, parameters), out)
         before, seconds = _last(out, name)
         if before == stamp: outcome[name] = dict(status="unchanged", seconds=seconds)
         else:
