@@ -30,7 +30,7 @@ from .embeddings import embed
 from .geometry import geometry, purity
 from .manifest import FULL, ActError, cache_dir, load_manifest
 from .probes import dual_probe
-from .tasks import SPLITS, TaskError, list_tasks, load_task, register_task
+from .tasks import SPLITS, list_tasks, load_task
 from .tuning import METHODS, Tunable, TuneConfig, classifier_head, default_fabric, tune
 
 # %% ../nbs/api/10_study.ipynb #stu00006
@@ -285,19 +285,6 @@ def _execute(run, work, progress=False):
                 chosen={key: getattr(dual, p).chosen[key] for p, key in PROBES.items()}, clips={s: len(r) for s, r in rows.items()},
                 geometry=_geometry(torch.from_numpy(z[rows["test"]]), task.labels[rows["test"]]), embedding=Path(embedded.filename).stem,
                 task_digest=task.digest, timing=dict(tune=tuned_at - started, total=time.perf_counter() - started))
-
-# %% ../nbs/api/10_study.ipynb #stu00059
-@register_task(r"(.+):(\d+)", name="TASK:N")
-def _few_labels(name, k):
-    """A single-label task with N training clips of each class."""
-    task, k = load_task(name), int(k)
-    if task.multilabel: raise TaskError(f"{name}:{k}: only single-label tasks can be cut to some clips of each class")
-    train = np.random.default_rng(0).permutation(task.indices("train"))
-    of_class = task.labels.numpy()[train]
-    fewest = np.bincount(of_class, minlength=task.n_classes).min()
-    if not 1 <= k <= fewest: raise TaskError(f"{name}:{k}: choose from 1 to {fewest} clips of each class")
-    kept = [train[of_class == c][:k] for c in range(task.n_classes)]
-    return task.subset(np.sort(np.concatenate([*kept, task.indices("valid"), task.indices("test")])))
 
 # %% ../nbs/api/10_study.ipynb #stu00024
 OUTSIDE = {      # faults that are not the run's own: how their messages read, and what to do
@@ -701,7 +688,7 @@ def audio_speed(backbone, precision="32-true", seconds=4., rows=4, steps=2):
     float
     """
     fabric, encoder = default_fabric(precision), load_backbone(backbone, pretrained=False)
-    model = Tunable(encoder, classifier_head(encoder.dim, 2))
+    model = Tunable(encoder, classifier_head(encoder.dim, torch.zeros(2)))
     model = fabric.setup(model)
     x, lengths = torch.randn(rows, int(seconds * encoder.rate), device=fabric.device), torch.full((rows,), int(seconds * encoder.rate), device=fabric.device)
     for step in range(steps + 1):

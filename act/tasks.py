@@ -640,3 +640,16 @@ def _first_classes(name, n):
     if not 2 <= n <= task.n_classes: raise TaskError(f"{name}/{n}: choose from 2 to {task.n_classes} classes")
     kept = task.subset(np.flatnonzero(task.labels.numpy() < n))
     return replace(kept, classes=task.classes[:n])
+
+# %% ../nbs/api/02_tasks.ipynb #tas99906
+@register_task(r"(.+):(\d+)", name="TASK:N")
+def _few_labels(name, k):
+    """A single-label task with N training clips of each class."""
+    task, k = load_task(name), int(k)
+    if task.multilabel: raise TaskError(f"{name}:{k}: only single-label tasks can be cut to some clips of each class")
+    train = np.random.default_rng(0).permutation(task.indices("train"))
+    of_class = task.labels.numpy()[train]
+    fewest = np.bincount(of_class, minlength=task.n_classes).min()
+    if not 1 <= k <= fewest: raise TaskError(f"{name}:{k}: choose from 1 to {fewest} clips of each class")
+    kept = [train[of_class == c][:k] for c in range(task.n_classes)]
+    return task.subset(np.sort(np.concatenate([*kept, task.indices("valid"), task.indices("test")])))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'PROJECTIONS', 'LINEAR_PROBE_STEPS', 'LINEAR_PROBE_DECAY', 'TuningError', 'Augment', 'TuneConfig',
-           'augmented', 'batches', 'schedule', 'projection_head', 'classifier_head', 'criterion_of', 'fit_head',
-           'Tunable', 'Tuned', 'frozen_embeddings', 'default_fabric', 'tune', 'live_plot', 'tensorboard']
+           'augmented', 'batches', 'schedule', 'projection_head', 'base_rates', 'classifier_head', 'criterion_of',
+           'fit_head', 'Tunable', 'Tuned', 'frozen_embeddings', 'default_fabric', 'tune', 'live_plot', 'tensorboard']
 
 # %% ../nbs/api/06_tuning.ipynb #tun00003
 import json, math, os, sys, time
@@ -27,7 +27,7 @@ from .manifest import ActError
 
 # %% ../nbs/api/06_tuning.ipynb #tun00007
 METHODS = ("contrastive", "vanilla", "lp-ft")
-PROJECTIONS = ("mlp", "linear", "none")
+PROJECTIONS = ("none", "linear", "mlp")
 
 
 class TuningError(ActError):
@@ -79,8 +79,8 @@ class TuneConfig:
         AdamW's decay, share of the steps spent warming up, largest gradient norm.
     temperature : float
         Of the contrastive losses.
-    projection : {"mlp", "linear", "none"}
-        Projection head of contrastive tuning, after its LayerNorm.
+    projection : {"none", "linear", "mlp"}
+        Projection head of contrastive tuning, after its LayerNorm; ``"mlp"`` is SupCon's.
     projection_dim : int
         Its output dimension.
     views : int
@@ -110,7 +110,7 @@ class TuneConfig:
     warmup: float = .1
     clip: float = 1.
     temperature: float = .1
-    projection: str = "mlp"
+    projection: str = "none"
     projection_dim: int = 128
     views: int = 2
     per_class: int = None
@@ -272,9 +272,32 @@ def projection_head(dim, config):
     return nn.Sequential(nn.LayerNorm(dim), *layers)
 
 
-def classifier_head(dim, classes):
-    """LayerNorm and a linear classifier: (B, D) to (B, C)."""
-    return nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, classes))
+def base_rates(labels, classes):
+    """The outputs of a classifier that knows nothing but how often each label occurs.
+
+    Parameters
+    ----------
+    labels : Tensor (N,) or (N, C)
+        Class ids or multi-hot.
+    classes : int
+        Number of labels C.
+
+    Returns
+    -------
+    Tensor (C,)
+        Log-frequencies for class ids, log-odds for multi-hot labels; finite, as half a clip is added to each count.
+    """
+    counts = torch.bincount(labels, minlength=classes) if labels.ndim == 1 else labels.sum(0)
+    rates = (counts.float() + .5) / (len(labels) + 1)
+    return rates.log() if labels.ndim == 1 else rates.logit()
+
+
+def classifier_head(dim, start):
+    """LayerNorm and a linear classifier that begins at the outputs `start` (C,) whatever it is given: (B, D) to (B, C)."""
+    head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, len(start)))
+    nn.init.zeros_(head[-1].weight)
+    with torch.no_grad(): head[-1].bias.copy_(start)
+    return head
 
 # %% ../nbs/api/06_tuning.ipynb #tun00025
 def criterion_of(config, multilabel):
@@ -365,7 +388,8 @@ class Tuned:
     config : TuneConfig
         What was asked for.
     chance : float
-        The loss of a model that knows nothing: log(B - 1) for a contrastive batch of B, log C for cross-entropy.
+        The loss of a model that knows nothing: log(B - 1) for a contrastive batch of B; that of the base rates for a classifier,
+        which is log C for cross-entropy over equally frequent classes.
     """
     backbone: nn.Module
     head: nn.Module
@@ -395,7 +419,8 @@ def _optimiser(model, config):
 
 def _chance(config, labels):
     if config.method == "contrastive": return math.log(max(2, config.batch - 1))
-    return math.log(int(labels.max()) + 1) if labels.ndim == 1 else math.log(2)
+    known = base_rates(labels, int(labels.max()) + 1 if labels.ndim == 1 else labels.shape[1])
+    return float(criterion_of(config, labels.ndim == 2)[1](known.expand(len(labels), -1), labels))
 
 # %% ../nbs/api/06_tuning.ipynb #tun00037
 def _finite(loss, step):
@@ -448,7 +473,7 @@ class _Loop:
 
     def _head(self, backbone, task):
         if self.config.method == "contrastive": return projection_head(backbone.dim, self.config)
-        head = classifier_head(backbone.dim, task.n_classes)
+        head = classifier_head(backbone.dim, base_rates(self.labels[self.rows], task.n_classes))
         if self.config.method == "lp-ft":
             z = frozen_embeddings(backbone, self.waves, self.rows, self.config.batch, self.fabric.device)
             fit_head(head.to(self.fabric.device), z, self.labels[self.rows].to(z.device), self.criterion)
