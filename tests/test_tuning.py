@@ -53,6 +53,13 @@ def test_equal_passes_cost_every_method_the_same(passes):
     assert len(set(rows)) == 1 and rows[0] == passes * len(task.indices("train"))
 
 
+@pytest.mark.parametrize("task,clips,loss", [("words-4", 136, "cross-entropy"), ("words-mix-8", 200, "bce"), ("words-mix-8", 200, "focal"), ("words-mix-8", 200, "asymmetric")])
+def test_a_classifier_starts_as_one_that_knows_the_base_rates(task, clips, loss):
+    """A cold head would begin far above, and send what lies between through the encoder."""
+    tuned = tune(load_backbone("speech-embedding"), load_task(task).subset(range(clips)), replace(CONFIG, method="vanilla", loss=loss), progress=False)
+    assert tuned.log.loss[0] == pytest.approx(tuned.chance, rel=.15) and tuned.log.loss.max() < 1.2 * tuned.chance
+
+
 def test_gradient_caching_tunes_like_the_whole_batch():
     task = load_task("words-8")
     whole, parts = (tune(load_backbone("speech-embedding"), task, replace(CONFIG, micro_batch=m), progress=False) for m in (None, 16))
