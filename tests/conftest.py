@@ -12,6 +12,17 @@ def repo(): return REPO
 
 
 @pytest.fixture(scope="session")
+def peak_memory():
+    """Source, for a process of its own, of `peak()`: the most bytes it has held. ru_maxrss would be that of the process that started it, where that had more."""
+    return '''
+import os, resource
+def peak():
+    if not os.path.exists("/proc/self/status"): return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+'''
+
+
+@pytest.fixture(scope="session")
 def mirror():
     """The folder of real archives, or a skip that says how to get one."""
     folder = os.environ.get("ACT_MIRROR")

@@ -4,6 +4,9 @@ import os
 import subprocess
 import sys
 
+import pytest
+
+from act.tasks import SPLITS, TaskError, load_task
 from act.words import VARIANTS, WORDS, Utterance, say, voices
 
 RENDER = """
@@ -32,3 +35,10 @@ def test_a_clip_alone_sounds_as_it_does_among_others():
 def test_no_voice_is_on_two_sides():
     sides = [set(v) for v in VARIANTS.values()]
     assert not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
+
+
+def test_some_clips_of_each_class_leave_the_other_splits_alone():
+    few, whole = load_task("words-8:5"), load_task("words-8")
+    assert [len(few.indices(s)) for s in SPLITS] == [5 * 8, len(whole.indices("valid")), len(whole.indices("test"))]
+    with pytest.raises(TaskError, match="choose from 1 to 20"): load_task("words-8:999")
+    with pytest.raises(TaskError, match="single-label"): load_task("words-mix-8:5")
