@@ -688,7 +688,7 @@ def audio_speed(backbone, precision="32-true", seconds=4., rows=4, steps=2):
     float
     """
     fabric, encoder = default_fabric(precision), load_backbone(backbone, pretrained=False)
-    model = Tunable(encoder, classifier_head(encoder.dim, torch.zeros(2)))
+    model = Tunable(encoder, classifier_head(encoder.dim, 2))
     model = fabric.setup(model)
     x, lengths = torch.randn(rows, int(seconds * encoder.rate), device=fabric.device), torch.full((rows,), int(seconds * encoder.rate), device=fabric.device)
     for step in range(steps + 1):

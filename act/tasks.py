@@ -632,11 +632,16 @@ def csv_task(table, audio=None, file="file", label="label", split="split", group
     return _own_task(table.stem, Path(audio or table.parent), rows[file].tolist(), labels, sides, rows[group].tolist() if group in rows else None, licence)
 
 # %% ../nbs/api/02_tasks.ipynb #tas99902
+def _single_label(name, wanted):
+    task = load_task(name)
+    if task.multilabel: raise TaskError(f"{wanted}: only single-label tasks can be cut to some of their classes, or to some clips of each")
+    return task
+
+
 @register_task(r"(.+)/(\d+)", name="TASK/N")
 def _first_classes(name, n):
     """The first N classes of a single-label task."""
-    task, n = load_task(name), int(n)
-    if task.multilabel: raise TaskError(f"{name}/{n}: only single-label tasks can be cut to some of their classes")
+    task, n = _single_label(name, f"{name}/{n}"), int(n)
     if not 2 <= n <= task.n_classes: raise TaskError(f"{name}/{n}: choose from 2 to {task.n_classes} classes")
     kept = task.subset(np.flatnonzero(task.labels.numpy() < n))
     return replace(kept, classes=task.classes[:n])
@@ -645,8 +650,7 @@ def _first_classes(name, n):
 @register_task(r"(.+):(\d+)", name="TASK:N")
 def _few_labels(name, k):
     """A single-label task with N training clips of each class."""
-    task, k = load_task(name), int(k)
-    if task.multilabel: raise TaskError(f"{name}:{k}: only single-label tasks can be cut to some clips of each class")
+    task, k = _single_label(name, f"{name}:{k}"), int(k)
     train = np.random.default_rng(0).permutation(task.indices("train"))
     of_class = task.labels.numpy()[train]
     fewest = np.bincount(of_class, minlength=task.n_classes).min()
