@@ -137,15 +137,19 @@ def _own(notebook, parameters):
 def _told(o): return f"unchanged, made in {o['seconds']:.0f} s" if o["status"] == "unchanged" else f"{o['status']} in {o['seconds']:.0f} s"
 
 
+KERNELS = dict(KernelManager=dict(transport_encryption="auto"))         # a kernel warns of every start without
+
+
 def _run_notebook(notebook, out, parameters):
     import papermill
+    from traitlets.config import Config
     logging.getLogger("papermill.translators").setLevel(logging.ERROR)   # it only reads one-line assignments, and warns of others
     executed = out / "notebooks" / notebook.name
     executed.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     try:
         papermill.execute_notebook(str(notebook), str(executed), parameters=_own(notebook, parameters), cwd=str(notebook.parent), kernel_name="python3",
-                                   progress_bar=False, log_output=True, stdout_file=sys.stdout)
+                                   progress_bar=False, log_output=True, stdout_file=sys.stdout, config=Config(KERNELS))
     except papermill.PapermillExecutionError as e: return dict(status="failed", error=f"{e.ename}: {e.evalue}".split("\n")[0], seconds=time.perf_counter() - started)
     except Exception as e:                      # a kernel that died, a full disk: the other notebooks go on
         return dict(status="failed", error=f"{type(e).__name__}: {e}".split("\n")[0], seconds=time.perf_counter() - started)
