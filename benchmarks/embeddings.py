@@ -4,8 +4,9 @@
 
 Records are `embed10x/NAME` and `knn10x/768` (ten times the clips to classify), `knn10x-bank/768` (ten times the labelled clips), and the same with
 `-memory`. `ours` is the cost of 10 N clips; `peer` is ten times the cost of N clips for time, and once that for memory: a ratio of 1 is
-proportional time and constant memory. Every measurement is the best of some fresh processes; N and 10 N take turns. Memory is the most that
-a process adds to its own (anonymous) pages: for embedding since before the task is made, files mapped from disk left out; for the probe beside the embeddings.
+proportional time and constant memory. Time is the best of some fresh processes; N and 10 N take turns. Memory is the most that a process adds
+to its own (anonymous) pages: for embedding since before the task is made, files mapped from disk left out; for the probe beside the embeddings.
+It is measured in processes of its own, whose allocator gives back at once what is freed: what its heap would keep is a matter of luck, not of the clips.
 """
 import argparse
 import json
@@ -26,6 +27,8 @@ from act.backbones import load_backbone
 from act.embeddings import embed
 from act.probes import KNNProbe
 from act.tasks import SPLITS, Task
+
+GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2 ** 16)}   # glibc; costs time
 
 
 def own_bytes():
@@ -82,18 +85,20 @@ def neighbours(queries, bank, dim, device):
 WORK = dict(embed=embedding, knn=neighbours)
 
 
-def fresh(work, *args):
+def fresh(work, *args, **settings):
     """(seconds, bytes) in a process of its own."""
-    out = subprocess.run([sys.executable, __file__, "--child", json.dumps([work, *args])], stdout=subprocess.PIPE, text=True, check=True).stdout
+    out = subprocess.run([sys.executable, __file__, "--child", json.dumps([work, *args])], env=os.environ | settings, stdout=subprocess.PIPE, text=True, check=True).stdout
     return json.loads(out.splitlines()[-1])
 
 
 def compare(name, once, tenfold, device, repeats, bar):
     """The time and the memory record of ten times the clips."""
-    found = [], []
+    sizes, times = (once, tenfold), ([], [])
     for _ in range(repeats):
-        for size, times in zip((once, tenfold), found): times.append(fresh(*size)); bar.update()
-    (s, b), (s10, b10) = [[min(values) for values in zip(*times)] for times in found]
+        for size, seconds in zip(sizes, times): seconds.append(fresh(*size)[0]); bar.update()
+    s, s10 = map(min, times)
+    b, b10 = (fresh(*size, **GIVES_BACK)[1] for size in sizes)
+    bar.update(2)
     record = lambda name, ours, peer, whose, unit: dict(name=name, device=device, ours=ours, peer=peer, peer_name=whose, ratio=ours / peer, unit=unit, higher_is_better=False)
     kind, rest = name.split("/")
     return [record(name, s10, 10 * s, "10 x the time of a tenth of the clips", "s"),
@@ -112,7 +117,7 @@ def main():
     cases = [(f"embed10x/{b}", *[("embed", b, n, o.device) for n in (o.clips, 10 * o.clips)]) for b in o.backbones]
     cases += [(f"knn10x/{o.dim}", *[("knn", n, o.bank, o.dim, o.device) for n in (o.queries, 10 * o.queries)]),
               (f"knn10x-bank/{o.dim}", *[("knn", o.queries, n, o.dim, o.device) for n in (o.bank, 10 * o.bank)])]
-    with tqdm(total=2 * o.repeats * len(cases), file=sys.stdout, ncols=80, desc="processes") as bar:
+    with tqdm(total=2 * (o.repeats + 1) * len(cases), file=sys.stdout, ncols=80, desc="processes") as bar:
         records = [r for case in cases for r in compare(*case, f"{o.device}, {os.cpu_count()} cores", o.repeats, bar)]
     for r in records: print(f"{r['name']:<36}{r['ours']:>10.2f} {r['unit']:<4}{r['peer']:>10.2f} {r['unit']:<4}{r['ratio']:>8.3f}  {r['peer_name']}")
     if o.json: o.json.write_text(json.dumps(records, indent=1) + "\n")
