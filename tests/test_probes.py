@@ -1,6 +1,4 @@
 """Probes: parity with scikit-learn, determinism, neighbours with ties, metrics and intervals, scaling, faults."""
-import json
-import os
 import subprocess
 import sys
 
@@ -261,11 +259,9 @@ def test_ten_times_the_clips(small, large, peak_memory):
 
 
 @pytest.mark.slow
-def test_ten_times_the_clips_to_embed(repo):
+def test_ten_times_the_clips_to_embed(repo, monkeypatch):
     """At most 1.2 times the memory beside the mapped files: clips, lengths and batches included, the libraries left out."""
-    def memory(clips):
-        child = json.dumps(["embed", "speech-embedding", clips, "cpu"])
-        run = [sys.executable, repo / "benchmarks/embeddings.py", "--child", child]
-        gives_back = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}   # or the heap that glibc keeps is measured
-        return json.loads(subprocess.run(run, env=gives_back, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])[1]
+    monkeypatch.syspath_prepend(repo / "benchmarks")
+    from embeddings import GIVES_BACK, fresh
+    memory = lambda clips: fresh("embed", "speech-embedding", clips, "cpu", **GIVES_BACK)[1]
     assert memory(10000) < 1.2 * memory(1000)
