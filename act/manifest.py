@@ -39,7 +39,7 @@ MANIFEST = "data_manifest.yaml"
 
 def _manifest_path():
     """The manifest in force: `ACT_MANIFEST`, else the repository's, else the one inside the wheel."""
-    if os.environ.get("ACT_MANIFEST"): return Path(os.environ["ACT_MANIFEST"])
+    if os.environ.get("ACT_MANIFEST"): return Path(os.environ["ACT_MANIFEST"]).expanduser()
     package = Path(act.__file__).resolve().parent
     return next((p for p in (package.parent/MANIFEST, package/MANIFEST) if p.exists()), package/MANIFEST)
 
@@ -47,10 +47,11 @@ def _manifest_path():
 @functools.lru_cache(maxsize=8)
 def _parse(path, mtime):
     try: entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as e: raise ManifestError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e: raise ManifestError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
     if not isinstance(entries, dict): raise ManifestError(f"{path} must map names to entries; it holds {type(entries).__name__}")
     for name, entry in entries.items():
-        lacking = [k for k in ("kind", "title", "licence", "content", "sources") if k not in (entry or {})]
+        if not isinstance(entry, dict): raise ManifestError(f"{path}: entry {name!r} is not a mapping")
+        lacking = [k for k in ("kind", "title", "licence", "content", "sources") if k not in entry]
         if lacking: raise ManifestError(f"{path}: entry {name!r} lacks {', '.join(lacking)}")
     return entries
 
@@ -125,17 +126,24 @@ def cache_dir():
     -------
     Path
         Existing and absolute.
+
+    Raises
+    ------
+    ActError
+        If there is no such folder and it cannot be made.
     """
     folder = Path(os.environ.get("ACT_CACHE") or pooch.os_cache("act")).expanduser().resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    try: folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise ActError(f"the cache {folder} cannot be made ({e.strerror}): set ACT_CACHE to a folder you may write to") from None
     return folder
 
 def _mirror():
     """The folder named by `ACT_MIRROR`, or None."""
     named = os.environ.get("ACT_MIRROR")
     if not named: return None
-    if not Path(named).is_dir(): raise FetchError(f"ACT_MIRROR={named} is not a folder: correct it or unset it")
-    return Path(named).resolve()
+    folder = Path(named).expanduser()
+    if not folder.is_dir(): raise FetchError(f"ACT_MIRROR={named} is not a folder: correct it or unset it")
+    return folder.resolve()
 
 # %% ../nbs/api/00_manifest.ipynb #man00018
 def _sha256(path): return pooch.file_hash(str(path), alg="sha256")
