@@ -37,8 +37,8 @@ from .encoders import (AISFX_HOP, AISFX_PEAK, AISFX_WINDOW, GE2E_HOP, GE2E_LOUDN
                           MelSpectrogram, MusiCNN, MusiCNNBackend, MusicVGG, SPEECH_STRIDE, SPEECH_WINDOW, aisfx_mel, aisfx_network,
                           ge2e_mel, ge2e_windows, musicnn_mel, read_aisfx_network, read_ge2e_network, read_music_vgg, read_musicnn,
                           read_speech_network, slaney_filters, speech_decibels, speech_mel, speech_network, unit_variance)
-from .core import ActError, full_path, near_matches
-from .manifest import FULL, weight_file
+from .core import DISK_FULL, ActError, Registry, file_digest, full_path, near_matches
+from .manifest import weight_file
 
 # %% ../nbs/api/04_backbones.ipynb #bac00005
 class BackboneError(ActError):
@@ -222,7 +222,7 @@ def _extra(module, extra, wanted_by):
     except ImportError: raise BackboneError(f"{wanted_by} needs {module}: pip install 'act[{extra}]'") from None
 
 # %% ../nbs/api/04_backbones.ipynb #bac00021
-_BUILDERS = {}
+_BUILDERS = Registry("backbone", "act.backbones")
 
 # %% ../nbs/api/04_backbones.ipynb #bac00022
 def register_backbone(name):
@@ -285,8 +285,7 @@ def _check_options(name, builder, groups, options):
 
 
 def _find_builder(name):
-    for pattern, builder in _BUILDERS.items():
-        if match := re.fullmatch(pattern, name): return builder, match.groups()
+    if known := _BUILDERS.find(name): return known[2], known[1].groups()
     if Path(name).name != name: raise BackboneError(f"{name} is neither a folder here nor the name of a backbone; act.list_backbones() shows the names")
     raise BackboneError(f"no backbone {name!r}; did you mean {' or '.join(near_matches(name, _BUILDERS))}? act.list_backbones() shows all")
 
@@ -724,9 +723,6 @@ def _weights(backbone, shared):
 _CHECKPOINT = "checkpoint.safetensors"      # of act.tuning, which may use the same folder
 
 
-def _sha256(path): return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def _read_config(folder):
     """The configuration that a save wrote; an empty dict if there is none."""
     try: config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -742,7 +738,7 @@ def _written_files(folder):
     config = _read_config(folder)
     if not config: return set()
     if "files" not in config: return {CONFIG, WEIGHTS, CARD, *(n for n in _files_below(folder) if n.startswith(f"{ASSETS}/"))}
-    same = {name for name, digest in config["files"].items() if (folder / name).is_file() and _sha256(folder / name) == digest}
+    same = {name for name, digest in config["files"].items() if (folder / name).is_file() and file_digest(folder / name) == digest}
     return same | {CONFIG, WEIGHTS}
 
 
@@ -822,7 +818,7 @@ def _replacing(folder):
     except BaseException as error:
         for path in missing:
             with contextlib.suppress(OSError): path.rmdir()
-        if getattr(error, "errno", None) not in FULL: raise
+        if getattr(error, "errno", None) not in DISK_FULL: raise
         raise BackboneError(f"the disk of {folder} is full: make room and save again; what was saved there before is kept") from None
 
 # %% ../nbs/api/04_backbones.ipynb #bac00059
@@ -855,7 +851,7 @@ def save_pretrained(self: Backbone, folder, card=None, force=False):
         (new / WEIGHTS).write_bytes(_weights(self, shared))
         (new / CARD).write_text(_model_card(self, card), encoding="utf-8", newline="\n")
         if hasattr(self, "assets"): self.assets(new / ASSETS)
-        files = {name: _sha256(new / name) for name in _files_below(new)}
+        files = {name: file_digest(new / name) for name in _files_below(new)}
         config = {"backbone": self.name, "options": self.options, "trainable": self.trainable, "sha256": files[WEIGHTS], "shared": shared, "files": files}
         (new / CONFIG).write_text(_as_json(config), encoding="utf-8")
     return folder
@@ -936,4 +932,4 @@ def list_backbones():
         One row per name: sampling rate in Hz, length of an embedding, parameters, GFLOPs to embed a second of audio, licence, origin of the weights.
         Besides these there are `random:<name>` and `hf:<id or folder>`.
     """
-    return _descriptions(tuple((name, builder) for name, builder in _BUILDERS.items() if "(" not in name)).copy()
+    return _descriptions(tuple((name, builder) for name, builder in _BUILDERS.load_installed().items() if "(" not in name)).copy()

@@ -648,8 +648,8 @@ def _check_mirror():
 
 
 def _check_manifest():
-    from act.manifest import list_entries
-    return True, f"{len(list_entries())} entries", ""
+    from act.manifest import load_manifest
+    return True, f"{len(load_manifest())} entries", ""
 
 
 def _check_jobs():

@@ -11,9 +11,7 @@ __all__ = ['SPLITS', 'NAMED', 'FSDD_SPLIT', 'MIXTURES', 'MAX_MIXED', 'GAINS', 'M
 import hashlib, json, re
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import cached_property
-from importlib.metadata import entry_points
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -22,7 +20,8 @@ import torch
 from sklearn.model_selection import train_test_split
 
 from .audio import AudioError, Clip, Mixture, WaveCache, audio_info
-from .manifest import ActError, checksum, fetch, list_entries, load_manifest, near_matches
+from .core import ActError, Registry, content_of, file_digest, identity, near_matches
+from .manifest import entry_file_digest, fetch, list_entries, load_manifest
 
 # %% ../nbs/api/02_tasks.ipynb #tas00006
 SPLITS = ("train", "valid", "test")
@@ -53,8 +52,6 @@ class Task:
     entry : str, optional
         The manifest entry the files come from.
     licence : str, optional
-    source : str, optional
-        Instead of a manifest entry, what pins the files: a checksum over them.
     """
     name: str
     clips: list
@@ -65,7 +62,6 @@ class Task:
     rate: int | None = None
     entry: str | None = None
     licence: str | None = None
-    source: str | None = None
 
     def __post_init__(self):
         self.split = np.asarray(self.split, dtype=str)
@@ -97,15 +93,17 @@ class Task:
         return replace(self, name=name or self.name, clips=[self.clips[i] for i in keep], labels=self.labels[torch.from_numpy(keep)],
                        split=self.split[keep], groups=groups)
 
-    @cached_property
+    @property
     def content(self):
-        """SHA-256 that identifies the waveforms: the keys of the clips and the checksum of their source."""
-        return _hash([c.key for c in self.clips], checksum(self.entry) if self.entry else self.source)
+        """SHA-256 that identifies the waveforms: what each clip is, and the contents of its files as they are now."""
+        return identity(clips=_clip_identities(self)).digest
 
-    @cached_property
+    @property
     def digest(self):
         """SHA-256 over all that a result depends on: waveforms, labels, classes, split and groups."""
-        return _hash(self.content, self.labels.tolist(), self.classes, self.split.tolist(), None if self.groups is None else self.groups.tolist())
+        groups = None if self.groups is None else self.groups.tolist()
+        labels = content_of(self.labels)
+        return identity(clips=self.content, labels=labels, classes=self.classes, split=self.split.tolist(), groups=groups).digest
 
     @property
     def shared_groups(self):
@@ -131,9 +129,23 @@ class Task:
         """The `WaveCache` of all clips at `rate` Hz, in the order of the clips."""
         return WaveCache.open(self.clips, rate, self.content)
 
-# %% ../nbs/api/02_tasks.ipynb #tas00009
-def _hash(*parts): return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+# %% ../nbs/api/02_tasks.ipynb #tas00008b
+def _clip_identities(task):
+    """What each clip of a task is, for its identity."""
+    known = {}
+    digest = entry_file_digest(task.entry) if task.entry else file_digest
+    return [_clip_identity(clip, lambda path: known.setdefault(path, digest(path))) for clip in task.clips]
 
+
+def _clip_identity(clip, digest):
+    """What one clip is; `digest` maps a path to the content of the file."""
+    if type(clip) is Mixture: return [[_clip_identity(c, digest) for c in clip.clips], clip.gains]
+    files = [digest(path) for path in getattr(clip, "paths", ())]
+    if type(clip) is Clip: return [clip.name or Path(clip.path).name, clip.start, clip.seconds, files]
+    own = {k: v for k, v in vars(clip).items() if not isinstance(v, PurePath)} if hasattr(clip, "__dict__") else {}
+    return [clip.key, files, content_of(own)]
+
+# %% ../nbs/api/02_tasks.ipynb #tas00009
 def _problems(task):
     """Every reason why the parts of a task do not fit each other."""
     n, sizes = len(task.clips), dict(labels=len(task.labels), split=len(task.split))
@@ -198,7 +210,7 @@ def _draw_spectrogram(ax, task, i):
     ax.set(title=label[:24], xlabel="s", yticks=[])
 
 # %% ../nbs/api/02_tasks.ipynb #tas00022
-_LOADERS = {}   # pattern -> (shown name, manifest entry, facts, loader)
+_LOADERS = Registry("task", "act.tasks")     # pattern -> (shown name, manifest entry, facts, loader)
 
 def register_task(pattern, name=None, entry=None, **facts):
     """Register a loader of tasks.
@@ -226,11 +238,6 @@ def register_task(pattern, name=None, entry=None, **facts):
     return register
 
 # %% ../nbs/api/02_tasks.ipynb #tas00023
-def _registered():
-    """All loaders, those of installed packages included."""
-    for module in entry_points(group="act.tasks"): module.load()
-    return _LOADERS
-
 def load_task(name):
     """Load a task by name, fetching its data when they are not in the cache.
 
@@ -250,8 +257,9 @@ def load_task(name):
     FetchError
         If its data cannot be had.
     """
-    for pattern, (*_, loader) in _registered().items():
-        if match := re.fullmatch(pattern, name): return replace(loader(*match.groups()), name=name)
+    if known := _LOADERS.find(name):
+        _, match, (*_, loader) = known
+        return replace(loader(*match.groups()), name=name)
     near = near_matches(name, [shown for shown, *_ in _LOADERS.values()])
     raise TaskError(f"unknown task {name!r}: did you mean {', '.join(near)}?")
 
@@ -265,7 +273,7 @@ def list_tasks():
         its data are "fetched", "in the mirror" or "remote"; "here" for tasks that need none.
     """
     entries, states, rows = load_manifest(), list_entries()["state"], []
-    for shown, entry, facts, loader in _registered().values():
+    for shown, entry, facts, loader in _LOADERS.load_installed().values():
         e = {"title": (loader.__doc__ or "").split("\n")[0], **entries.get(entry, {}), **facts}
         rows.append(dict(task=shown, **{k: e.get(k) for k in ("title", "labels", "classes", "clips", "hours", "rate", "licence")},
                          profiles=", ".join(e.get("profiles", [])), state=states.get(entry, "here")))
@@ -559,8 +567,7 @@ def _own_task(name, root, names, labels, split, groups, licence):
     if len(counts) < 2: problems.append(f"{_counted(len(counts), 'class')}; at least 2 are needed")
     if problems: raise TaskError(f"{name}: {_counted(len(problems), 'problem')}: " + "; ".join(problems[:SHOWN]) + (f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""))
     classes, y = _classes_and_labels(labels)
-    source = _hash([[n, hashlib.sha256((root/n).read_bytes()).hexdigest()] for n in names])
-    return Task(name, [Clip(root/n, name=n) for n in names], y, classes, split_groups(y, groups) if split is None else split, groups, rates.most_common(1)[0][0], None, licence, source)
+    return Task(name, [Clip(root/n, name=n) for n in names], y, classes, split_groups(y, groups) if split is None else split, groups, rates.most_common(1)[0][0], None, licence)
 
 # %% ../nbs/api/02_tasks.ipynb #tas00061
 def folder_task(path, licence=None):
