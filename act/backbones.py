@@ -661,7 +661,9 @@ def _tower(transformers, identifier, config, pretrained):
     """The audio half of a model."""
     kind = transformers.ClapAudioModel if config.model_type == "clap_audio_model" else transformers.AutoModel
     build = kind if kind is not transformers.AutoModel else kind.from_config
-    model = kind.from_pretrained(identifier) if pretrained else build(config)
+    try: model = kind.from_pretrained(identifier) if pretrained else build(config)
+    except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+        raise BackboneError(f"the weights of hf:{identifier} cannot be read: {str(error).splitlines()[0]}") from None
     if config.model_type == "whisper": return model.get_encoder()
     return model.audio_model if config.model_type == "clap" else model
 
@@ -774,7 +776,7 @@ def check_save_folder(folder, force=False):
         If it is a file, may not be written to, or holds a file that act did not write.
     """
     folder = full_path(folder)
-    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    nearest = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     if not nearest.is_dir(): raise BackboneError(f"{nearest} is a file: choose another folder to save in")
     if not os.access(nearest, os.W_OK | os.X_OK): raise BackboneError(f"{nearest} may not be written to: choose another folder to save in")
     foreign = None if force else _foreign_file(folder)
@@ -844,8 +846,10 @@ def save_pretrained(self: Backbone, folder, card=None, force=False):
     ------
     BackboneError
         If the folder holds files that act did not write, cannot be written to, or the disk is full; it is left as it was.
+        If the backbone has no name to build it by.
     """
     folder = check_save_folder(folder, force)
+    if not self.name: raise BackboneError(f"a {type(self).__name__} without a name could not be loaded again: build it by load_backbone, see register_backbone")
     with _replacing(folder) as new:
         shared = _shared_tensors(self)
         (new / WEIGHTS).write_bytes(_weights(self, shared))
@@ -913,14 +917,11 @@ def _describe(name, seconds=10):
             "gflops_per_second": counter.get_total_flops() / 1e9 / seconds, "licence": backbone.licence, "weights": backbone.source}
 
 
-def _description(name):
+@functools.cache
+def _description(name, builder):
     try: return {"name": name, **_describe(name)}
     except Exception as error:      # a builder from elsewhere can fail in any way; the others are listed all the same
         return {"name": name, "weights": f"cannot be built here: {type(error).__name__}: {' '.join(str(error).split())}"}
-
-
-@functools.cache
-def _descriptions(builders): return pd.DataFrame([_description(name) for name, _ in builders]).set_index("name")
 
 # %% ../nbs/api/04_backbones.ipynb #bac00063
 def list_backbones():
@@ -932,4 +933,5 @@ def list_backbones():
         One row per name: sampling rate in Hz, length of an embedding, parameters, GFLOPs to embed a second of audio, licence, origin of the weights.
         Besides these there are `random:<name>` and `hf:<id or folder>`.
     """
-    return _descriptions(tuple((name, builder) for name, builder in _BUILDERS.load_installed().items() if "(" not in name)).copy()
+    builders = _BUILDERS.load_installed()
+    return pd.DataFrame([_description(name, builders[name]) for name in builders if "(" not in name]).set_index("name")

@@ -148,6 +148,16 @@ def paper_notebooks(only=None):
             raise ReproduceError(f"no paper notebook {w!r}: choose from {', '.join(n.stem for n in notebooks)}")
     return [n for n in notebooks if n.stem.startswith(tuple(wanted))]
 
+# %% ../nbs/api/12_cli.ipynb #cli00013b
+def _kernel_manager():
+    "A class that starts kernels of the Python that runs act, whichever kernels Jupyter finds on this machine."
+    from jupyter_client.kernelspec import KernelSpecManager
+    from jupyter_client.manager import AsyncKernelManager
+
+    class OwnKernelManager(AsyncKernelManager):
+        def __init__(self, **options): super().__init__(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]), **options)
+    return OwnKernelManager
+
 # %% ../nbs/api/12_cli.ipynb #cli00014
 def _stamp(notebook, parameters, out):
     from act.study import code_digest
@@ -180,16 +190,6 @@ def _told(o): return f"unchanged, made in {o['seconds']:.0f} s" if o["status"] =
 
 
 KERNELS = dict(KernelManager=dict(transport_encryption="auto"))         # a kernel warns of every start without
-
-
-def _kernel_manager():
-    "A class that starts kernels of the Python that runs act, whichever kernels Jupyter finds on this machine."
-    from jupyter_client.kernelspec import KernelSpecManager
-    from jupyter_client.manager import AsyncKernelManager
-
-    class OwnKernelManager(AsyncKernelManager):
-        def __init__(self, **options): super().__init__(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]), **options)
-    return OwnKernelManager
 
 
 def _run_notebook(notebook, out, parameters):
