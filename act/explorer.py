@@ -157,7 +157,7 @@ def _fits(task, embeddings):
     for name, z in embeddings.items():
         if len(z) != len(task): raise ExplorerError(f"embeddings {name!r} have {len(z)} rows for the {len(task)} clips of {task.name}: embed the same clips")
         if np.ndim(z) != 2 or np.shape(z)[1] < 2: raise ExplorerError(f"embeddings {name!r} have shape {np.shape(z)}: a map needs (N, D) with two dimensions or more")
-        if not np.isfinite(z).all(): raise ExplorerError(f"embeddings {name!r} hold NaN or infinity: look at the log of tuning, and lower lr if its loss grew")
+        if not np.isfinite(np.asarray(z)).all(): raise ExplorerError(f"embeddings {name!r} hold NaN or infinity: look at the log of tuning, and lower lr if its loss grew")
 
 
 def _maps(embeddings, seed):
