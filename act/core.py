@@ -287,7 +287,7 @@ class _Code:
     """Collects the code behind some objects; `parts` maps names to digests, libraries to versions."""
     def __init__(self):
         self.parts = {}
-        self.seen = set()
+        self.seen = {}                                              # by id, and kept, or an id could be used again
 
     def add(self, name, content):
         """Several things of one name, such as lambdas, share an entry."""
@@ -299,7 +299,7 @@ class _Code:
     def visit(self, thing):
         """Follow a function, class, method, module, or a wrapper of one of these; other values are left alone."""
         if id(thing) in self.seen: return
-        self.seen.add(id(thing))
+        self.seen[id(thing)] = thing
         for inner in _wrapped(thing): self.visit(inner)
         if isinstance(thing, types.ModuleType): self.module(thing)
         elif isinstance(thing, (types.FunctionType, type)): self.definition(thing)
@@ -433,7 +433,7 @@ def code_of(*parts):
     return dict(sorted(code.parts.items()))
 
 # %% ../nbs/api/00_core.ipynb #cor00034
-_DISPLAYED = {"training", "name", "source", "licence"}               # say what a network is called, not what it computes
+_DISPLAYED = {"training", "trainable", "options", "name", "source", "licence"}       # do not say what a network computes
 
 
 @functools.lru_cache(maxsize=1)

@@ -73,7 +73,8 @@ def fingerprint(backbone):
         that its layers come from. Its name and origin do not count.
     """
     layers = dict.fromkeys(map(type, backbone.modules()))
-    return content_of([backbone.rate, backbone.dim, state_of(backbone), code_of(*layers, *_attached(backbone)), libraries_of(backbone)])
+    code = code_of(*layers, *_attached(backbone))
+    return content_of([backbone.rate, backbone.dim, backbone.options, state_of(backbone), code, libraries_of(backbone)])
 
 
 def _attached(network):

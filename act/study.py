@@ -129,15 +129,14 @@ def _or_reason(content, *args):
     except Exception as e: return f"cannot be loaded: {e}"
 
 # %% ../nbs/api/10_study.ipynb #stu00012
-def _registered_code(run):
-    """The code of the task, the encoder and the loss of a run, where act itself does not define it."""
-    parts = [part for kind, name in (("task", run.task), ("backbone", run.backbone)) if (part := REGISTRIES[kind].find(name))]
-    functions = [f for _, _, part in parts for f in (part if isinstance(part, tuple) else (part,)) if callable(f)]
-    losses = loss_functions(run.config, _task(run.task).multilabel) if run.config else []
-    return code_of(*functions, *losses)
+def _own_code(run):
+    """The code of the loss and the clips of a run, also where act does not define them.
 
-
-def _clip_code(name): return code_of(*dict.fromkeys(map(type, _task(name).clips)))
+    Those who built the task and the encoder need not be followed: what they built is known by its content.
+    """
+    task = _task(run.task)
+    losses = loss_functions(run.config, task.multilabel) if run.config else []
+    return code_of(*losses, *dict.fromkeys(map(type, task.clips)))
 
 # %% ../nbs/api/10_study.ipynb #stu00012b
 def run_identity(run):
@@ -151,7 +150,7 @@ def run_identity(run):
     -------
     act.core.Identity
     """
-    code = [code_of("act.study"), _or_reason(_clip_code, run.task), _or_reason(_registered_code, run)]
+    code = [code_of("act.study"), _or_reason(_own_code, run)]
     task = _or_reason(lambda name: _task(name).digest, run.task)
     encoder = _or_reason(_encoder_identity, run.backbone)
     return identity(run=asdict(run), task=task, encoder=encoder, code=code, versions=versions(), device=device_kind())

@@ -479,8 +479,9 @@ def _run_identity(backbone, task, config, fabric):
     """What the result of a tuning run depends on; an `act.core.Identity`."""
     settings = {k: v for k, v in asdict(config).items() if k not in _WITHOUT_EFFECT}
     code = code_of("act.tuning", "act.audio", *dict.fromkeys(map(type, task.clips)), *loss_functions(config, task.multilabel))
+    tuned = [name for name, p in backbone.named_parameters() if p.requires_grad]
     where = dict(processes=fabric.world_size, **computing_on(fabric))
-    return identity(**{**settings, **where}, task=task.digest, encoder=fingerprint(backbone), code=code)
+    return identity(**{**settings, **where}, task=task.digest, encoder=fingerprint(backbone), tuned=tuned, code=code)
 
 
 def _tensors(loop):
