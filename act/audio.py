@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import filelock
+import joblib
 import numpy as np
 import soundfile as sf
 import torch
@@ -303,7 +304,7 @@ SHORT = 1e-3            # seconds; clips that load faster spend their time in Py
 def _workers(clips, rate):
     """One thread per core, or one alone for clips that load at once or one after the other."""
     if not all(getattr(c, "threadsafe", False) for c in clips): return 1
-    return os.cpu_count() if min((_seconds(c, rate) for c in clips[:4]), default=0) > SHORT else 1
+    return joblib.cpu_count() if min((_seconds(c, rate) for c in clips[:4]), default=0) > SHORT else 1
 
 def _seconds(clip, rate):
     started = time.perf_counter()

@@ -174,6 +174,7 @@ def _multi_hot(task):
 # %% ../nbs/api/02_tasks.ipynb #tas00015
 NAMED = 30   # classes that a histogram can still name
 
+@plt.rc_context({"text.parse_math": False})      # a $ in the name of a class is a dollar sign
 def _show(task):
     """Class histogram, durations and three spectrograms, a Figure."""
     fig, axes = plt.subplots(1, 5, figsize=(10, 2.2), dpi=72, layout="constrained", width_ratios=[2, 1.2, 1, 1, 1])
