@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MIN_RATE', 'MAX_RATE', 'BLOCK', 'WIDTH', 'ROLLOFF', 'MIX_LEVEL', 'CHUNK', 'SHORT', 'AudioError', 'resample',
-           'read_audio', 'audio_info', 'fit_length', 'collate', 'Clip', 'Mixture', 'WaveCache']
+           'read_audio', 'audio_info', 'collate', 'Clip', 'Mixture', 'WaveCache']
 
 # %% ../nbs/api/01_audio.ipynb #aud00003
 import functools, hashlib, itertools, json, math, os, sys, time, zlib
@@ -162,37 +162,6 @@ def audio_info(path):
     return info.samplerate, info.duration
 
 # %% ../nbs/api/01_audio.ipynb #aud00020
-def fit_length(x, samples, how="pad", generator=None):
-    """Crop a longer waveform, extend a shorter one.
-
-    Parameters
-    ----------
-    x : Tensor (T,)
-        A waveform.
-    samples : int
-        The wanted length.
-    how : {"crop", "pad", "loop"}
-        What to do with a shorter one: leave it, pad it with zeros on both sides, or repeat it.
-    generator : torch.Generator, optional
-        Draws the place of the crop or of the waveform within its padding; centred without.
-
-    Returns
-    -------
-    Tensor (samples,)
-        Or (T,) if T < samples and `how` is "crop".
-
-    Raises
-    ------
-    ValueError
-        If `how` is none of the three.
-    """
-    if how not in ("crop", "pad", "loop"): raise ValueError(f"how={how!r}: choose crop, pad or loop")
-    if how == "loop": x = x.repeat(math.ceil(samples / len(x)))
-    spare = abs(len(x) - samples)
-    at = spare // 2 if generator is None else int(torch.randint(spare + 1, (), generator=generator))
-    if len(x) > samples: return x[at:at + samples]
-    return torch.nn.functional.pad(x, (at, spare - at)) if how == "pad" else x
-
 def collate(waveforms):
     """Stack waveforms of different lengths.
 
@@ -418,12 +387,30 @@ class WaveCache:
 
     def __len__(self): return len(self._ends)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i): return self.stretch(i, 0, int(self.lengths[i]))
+
+    def stretch(self, i, start, samples):
+        """Up to so many samples of clip `i` from `start` on, (T,); nothing else is read."""
         end = self._ends[i]
-        return torch.from_numpy(np.array(self._data[end - int(self.lengths[i]):end]))
+        first = end - int(self.lengths[i]) + start
+        return torch.from_numpy(np.array(self._data[first:min(end, first + samples)]))
 
     def __reduce__(self): return WaveCache, (self.path,)
 
-    def batch(self, indices):
-        """The clips of these indices as (x (B, T), lengths (B,))."""
-        return collate([self[int(i)] for i in indices])
+    def batch(self, indices, starts=None, samples=None):
+        """The clips of these indices as (x (B, T), lengths (B,)).
+
+        Parameters
+        ----------
+        indices : array (B,)
+            Which clips.
+        starts, samples : array (B,), optional
+            A stretch of each, instead of all of it: where it begins, and how long it is at most.
+
+        Returns
+        -------
+        x : Tensor (B, T)
+        lengths : LongTensor (B,)
+        """
+        if starts is None: return collate([self[int(i)] for i in indices])
+        return collate([self.stretch(int(i), int(s), int(n)) for i, s, n in zip(indices, starts, samples)])

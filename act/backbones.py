@@ -6,8 +6,8 @@
 __all__ = ['LORA_RANK', 'LORA_ALPHA', 'WEIGHTS', 'CONFIG', 'CARD', 'ASSETS', 'BackboneError', 'valid_frames', 'masked_mean',
            'masked_max', 'Backbone', 'set_trainable', 'tuned_share', 'register_backbone', 'load_backbone', 'LogMel',
            'SpeechEmbedding', 'AISFX', 'GE2E', 'MusicVGGBackbone', 'MusiCNNBackbone', 'LayeredBackbone',
-           'SpeechTransformer', 'HuggingFace', 'HFWaveform', 'HFSpectrogramTransformer', 'HFWhisper', 'HFClap',
-           'check_save_folder', 'list_backbones']
+           'SpeechTransformer', 'HuggingFace', 'HFWaveform', 'HFFixedSpan', 'HFSpectrogramTransformer', 'HFWhisper',
+           'HFClap', 'check_save_folder', 'list_backbones']
 
 # %% ../nbs/api/04_backbones.ipynb #bac00003
 import contextlib
@@ -24,6 +24,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import safetensors.torch
 import torch
@@ -63,15 +64,18 @@ def valid_frames(counts, frames):
 
 
 def masked_mean(h, counts):
-    """Mean over the real frames: (B, F, D), (B,) -> (B, D)."""
-    mask = valid_frames(counts, h.shape[1])[..., None]
-    return h.float().masked_fill(~mask, 0.).sum(1) / counts[:, None]
+    """Mean over the real frames: (B, F, D), (B,) -> (B, D), in float32 or better."""
+    padding = ~valid_frames(counts, h.shape[1])[..., None]
+    return _at_least_single(h).masked_fill(padding, 0.).sum(1) / counts[:, None]
 
 
 def masked_max(h, counts):
-    """Maximum over the real frames: (B, F, D), (B,) -> (B, D)."""
-    mask = valid_frames(counts, h.shape[1])[..., None]
-    return h.float().masked_fill(~mask, -torch.inf).amax(1)
+    """Maximum over the real frames: (B, F, D), (B,) -> (B, D), in float32 or better."""
+    padding = ~valid_frames(counts, h.shape[1])[..., None]
+    return _at_least_single(h).masked_fill(padding, -torch.inf).amax(1)
+
+
+def _at_least_single(x): return x.to(torch.promote_types(x.dtype, torch.float32))
 
 # %% ../nbs/api/04_backbones.ipynb #bac00010
 class Backbone(nn.Module):
@@ -103,6 +107,18 @@ class Backbone(nn.Module):
         """Vectors (B, F, D) and how many of them are real -> embeddings (B, dim)."""
         return masked_mean(h, counts)
 
+    @property
+    def dtype(self):
+        """Type of the parameters, which the input of the network must have; float32 without any."""
+        return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
+
+    def computed_samples(self, lengths):
+        """Samples that the encoder computes for clips of so many, (N,) -> (N,): what a clip costs."""
+        return np.maximum(np.asarray(lengths), self._least_samples)
+
+    @property
+    def _least_samples(self): return round(self.min_seconds * self.rate)
+
     def layers(self):
         """Groups of parameters from the waveform up, for tuning only the topmost: one group per module that owns any."""
         groups = [list(module.parameters(recurse=False)) for module in self.modules()]
@@ -127,10 +143,15 @@ class Backbone(nn.Module):
         Raises
         ------
         BackboneError
-            If the batch is not a batch of mono waveforms at this backbone's rate.
+            If the batch is not a batch of mono waveforms at this backbone's rate, or a clip is too short for it.
         """
         x, lengths = self._checked(x, lengths, rate)
-        return self.pool(*self.frames(x, lengths))
+        try: h, counts = self.frames(x, lengths)
+        except (RuntimeError, ValueError, AssertionError) as error:
+            _explain_short(self, x, error)
+            raise
+        _check_counts(self, lengths, counts)
+        return self.pool(h, counts)
 
     def train(self, mode=True):
         """Switch to training; batch normalisation keeps the statistics of pretraining."""
@@ -143,9 +164,9 @@ class Backbone(nn.Module):
         _check_waveforms(self, x, rate)
         if lengths is None: lengths = torch.full((len(x),), x.shape[1], device=x.device)
         _check_lengths(x, lengths)
-        least = int(self.min_seconds * self.rate)
         lengths = lengths.to(x.device)
         x = x.masked_fill(~valid_frames(lengths, x.shape[1]), 0.)
+        least = self._least_samples
         return F.pad(x, (0, max(0, least - x.shape[1]))), lengths.clamp(min=least)
 
 # %% ../nbs/api/04_backbones.ipynb #bac00012
@@ -164,6 +185,33 @@ def _check_lengths(x, lengths):
         raise BackboneError(f"lengths has shape {tuple(lengths.shape)} for a batch of {len(x)} clips: one number of samples per clip")
     bad = ((lengths < 1) | (lengths > x.shape[1])).nonzero().flatten().tolist() if not lengths.is_meta else []
     if bad: raise BackboneError(f"clip {bad[0]} of the batch has length {int(lengths[bad[0]])}: every length must be from 1 to {x.shape[1]} samples; drop empty clips")
+
+
+def _explain_short(backbone, x, error):
+    """Raise an error that names the remedy, if a batch failed that is shorter than what the encoder takes."""
+    named = isinstance(error, (BackboneError, NotImplementedError, torch.OutOfMemoryError))
+    if named or x.shape[1] >= backbone.rate or not _takes_a_second(backbone, x): return
+    reason = str(error).strip().splitlines()[:1]
+    raise BackboneError(_too_short(backbone, x.shape[1], *reason)) from error
+
+
+@torch.no_grad()
+def _takes_a_second(backbone, x):
+    try: backbone.frames(x.new_zeros(1, backbone.rate), torch.tensor([backbone.rate], device=x.device))
+    except Exception: return False
+    return True
+
+
+def _check_counts(backbone, lengths, counts):
+    """A clip without a single frame would have no mean."""
+    short = lengths[counts < 1].tolist() if not counts.is_meta else []
+    if short: raise BackboneError(_too_short(backbone, short[0], "it has no frame"))
+
+
+def _too_short(backbone, samples, reason="no reason given"):
+    name, kind = backbone.name or type(backbone).__name__, type(backbone).__name__
+    return (f"{name} cannot embed a clip of {samples} samples ({reason}): set {kind}.min_seconds "
+            "to the shortest clip that its frames() takes, and shorter ones are extended with silence")
 
 # %% ../nbs/api/04_backbones.ipynb #bac00017
 LORA_RANK, LORA_ALPHA = 8, 16
@@ -324,7 +372,7 @@ class SpeechEmbedding(Backbone):
     def frames(self, x, lengths):
         counts = self.mel.counts(lengths)
         mels = speech_decibels(self.mel(x), counts)                                # (B, F, 32)
-        h = self.net(mels[:, None])[..., 0].transpose(1, 2)                        # (B, windows, 96)
+        h = self.net(mels[:, None].to(self.dtype))[..., 0].transpose(1, 2)         # (B, windows, 96)
         return h, 1 + (counts - SPEECH_WINDOW) // SPEECH_STRIDE
 
 
@@ -347,7 +395,7 @@ class AISFX(Backbone):
         mels = (self.mel(F.pad(x, (0, rest))) * 1e4 + 1).log10() / AISFX_PEAK      # (B, F, 96)
         mels = F.pad(mels, (0, 0, 0, max(0, AISFX_WINDOW - mels.shape[1])))
         blocks = mels.unfold(1, AISFX_WINDOW, AISFX_HOP).transpose(2, 3)           # (B, blocks, 100, 96)
-        h = self.net(blocks.flatten(0, 1)[:, None]).mean(3).amax(2)
+        h = self.net(blocks.flatten(0, 1)[:, None].to(self.dtype)).mean(3).amax(2)
         return h.unflatten(0, blocks.shape[:2]), ((counts - AISFX_WINDOW) // AISFX_HOP).clamp(min=0) + 1
 
 
@@ -364,6 +412,7 @@ class GE2E(Backbone):
         self.mel, self.net = ge2e_mel(), net
 
     def frames(self, x, lengths):
+        x = x.float()
         loudness = (x.square().sum(1) / lengths).sqrt()
         gain = (10 ** (GE2E_LOUDNESS / 20) / loudness.clamp(min=1e-8)).clamp(min=1)
         windows = int(ge2e_windows(torch.tensor(x.shape[1], device="cpu")))
@@ -371,7 +420,8 @@ class GE2E(Backbone):
         mels = self.mel(F.pad(x * gain[:, None], (0, max(0, needed - x.shape[1]))))
         parts = mels.unfold(1, GE2E_WINDOW, GE2E_HOP)[:, :windows].transpose(2, 3) # (B, windows, 160, 40)
         real = self.mel.counts(lengths).clamp(max=GE2E_WINDOW).repeat_interleave(windows)
-        return self.net(parts.flatten(0, 1), real).unflatten(0, parts.shape[:2]), ge2e_windows(lengths)
+        h = self.net(parts.flatten(0, 1).to(self.dtype), real)
+        return h.unflatten(0, parts.shape[:2]), ge2e_windows(lengths)
 
     def pool(self, h, counts): return F.normalize(masked_mean(h, counts), dim=1)
 
@@ -387,7 +437,9 @@ class _Music(Backbone):
         super().__init__()
         self.mel, self.net = musicnn_mel(), net
 
-    def log_mels(self, x, lengths): return (self.mel(x) * 1e4 + 1).log10(), self.mel.counts(lengths)
+    def log_mels(self, x, lengths):
+        mels = (self.mel(x) * 1e4 + 1).log10()
+        return mels.to(self.dtype), self.mel.counts(lengths)
 
 
 class MusicVGGBackbone(_Music):
@@ -413,7 +465,9 @@ class MusiCNNBackbone(_Music):
         mels, counts = self.log_mels(x, lengths)
         return self.net(mels, counts).transpose(1, 2), counts                      # (B, F, 753)
 
-    def pool(self, h, counts): return self.backend(torch.stack([masked_max(h, counts), masked_mean(h, counts)], 2).flatten(1))
+    def pool(self, h, counts):
+        pooled = torch.stack([masked_max(h, counts), masked_mean(h, counts)], 2).flatten(1)
+        return self.backend(pooled.to(self.dtype))
 
 
 @register_backbone("musicnn-vgg")
@@ -448,6 +502,13 @@ class LayeredBackbone(Backbone):
         return [[p for p in self.parameters() if id(p) not in inside], *groups]
 
 
+def _receptive_field(kernels, strides):
+    """Samples behind one output of a chain of convolutions."""
+    samples = 1
+    for kernel, stride in reversed(list(zip(kernels, strides))): samples = (samples - 1) * stride + kernel
+    return samples
+
+
 def _adopt_group_norms(network):
     """Replace the group norms inside `network` by masked ones."""
     owners = [(module, name) for module in network.modules() for name, child in module.named_children() if type(child) is nn.GroupNorm]
@@ -472,12 +533,15 @@ class SpeechTransformer(LayeredBackbone):
     layer_drop : float
         Probability to skip a layer while training.
     """
-    rate, licence, min_seconds = 16000, "MIT", .025
+    rate, licence = 16000, "MIT"
 
     def __init__(self, model, normalized, layer=None, layer_drop=0.):
         super().__init__()
         self.model, self.normalized, self.layer_drop = model, normalized, layer_drop
         self.dim = model.encoder.transformer.pos_conv_embed.embed_dim
+        convolutions = model.feature_extractor.conv_layers
+        least = _receptive_field([c.kernel_size for c in convolutions], [c.stride for c in convolutions])
+        self.min_seconds = least / self.rate
         _adopt_group_norms(model.feature_extractor)
         self.choose_layer(self.blocks, layer)
 
@@ -485,7 +549,8 @@ class SpeechTransformer(LayeredBackbone):
     def blocks(self): return self.model.encoder.transformer.layers
 
     def frames(self, x, lengths):
-        if self.normalized: x = unit_variance(x, lengths, 1e-5)
+        if self.normalized: x = unit_variance(x.float(), lengths, 1e-5)
+        x = x.to(self.dtype)
         first = self.model.feature_extractor.conv_layers[0]
         _tell_group_norms(self.model.feature_extractor, (lengths - first.kernel_size) // first.stride + 1)
         features, counts = self.model.feature_extractor(x, lengths)                # (B, F, C)
@@ -589,7 +654,9 @@ class HuggingFace(LayeredBackbone):
             On the device of `x`.
         """
         clips = [clip[:n].cpu().numpy() for clip, n in zip(x.detach().float(), lengths.tolist())]
-        return self.extractor(clips, sampling_rate=self.rate, return_tensors="pt", **options).to(x.device)
+        with torch.autocast("cpu", enabled=False):
+            features = self.extractor(clips, sampling_rate=self.rate, return_tensors="pt", **options)
+        return features.to(x.device, self.dtype)
 
     def assets(self, folder):
         """Write what rebuilding needs besides weights."""
@@ -599,32 +666,50 @@ class HuggingFace(LayeredBackbone):
 
 class HFWaveform(HuggingFace):
     """wav2vec 2.0, HuBERT, WavLM: waveforms in, one vector per 20 ms."""
-    min_seconds = .025
-
     def __init__(self, model, extractor, layer=None):
         super().__init__(model, extractor, layer)
         model.config.layerdrop, model.config.apply_spec_augment = 0., False
+        self.min_seconds = _receptive_field(model.config.conv_kernel, model.config.conv_stride) / self.rate
         _adopt_group_norms(model.feature_extractor)
 
     def frames(self, x, lengths):
-        if self.extractor.do_normalize: x = unit_variance(x, lengths, 1e-7)
+        if self.extractor.do_normalize: x = unit_variance(x.float(), lengths, 1e-7)
+        x = x.to(self.dtype)
         kernel, stride = self.model.config.conv_kernel[0], self.model.config.conv_stride[0]
         _tell_group_norms(self.model.feature_extractor, (lengths - kernel) // stride + 1)
         h = self.hidden(x, attention_mask=valid_frames(lengths, x.shape[1]).long())
         return h, self.model._get_feat_extract_output_lengths(lengths)
 
 
-class HFSpectrogramTransformer(HuggingFace):
+class HFFixedSpan(HuggingFace):
+    """Models that extend or cut every clip to one span."""
+    @property
+    def span(self):
+        """Samples that the model sees of a clip, however long it is."""
+        raise NotImplementedError(f"{type(self).__name__} must say its span")
+
+    def computed_samples(self, lengths): return np.full(len(lengths), self.span)
+
+
+class HFSpectrogramTransformer(HFFixedSpan):
     """AST: mean of its class and distillation tokens, over the first 10.24 s."""
+    min_seconds = .025                                                             # one window of its spectrogram
+
+    @property
+    def span(self): return self.extractor.max_length * self.rate // 100           # a frame every 10 ms
+
     def frames(self, x, lengths):
         h = self.hidden(self.extract(x, lengths).input_values)[:, :2]
         return h, torch.full_like(lengths, 2)
 
 
-class HFWhisper(HuggingFace):
+class HFWhisper(HFFixedSpan):
     """Whisper's encoder: one vector per 20 ms of the first 30 s; those of the clip are pooled, those of the padding not."""
     @staticmethod
     def width(config): return config.d_model
+
+    @property
+    def span(self): return self.extractor.n_samples
 
     def frames(self, x, lengths):
         h = self.hidden(self.extract(x, lengths).input_features)
@@ -632,8 +717,11 @@ class HFWhisper(HuggingFace):
         return h, ((lengths + step - 1) // step).clamp(max=h.shape[1])
 
 
-class HFClap(HuggingFace):
+class HFClap(HFFixedSpan):
     """CLAP's audio tower over the first 10 s: one vector per clip."""
+    @property
+    def span(self): return self.extractor.nb_max_samples
+
     def frames(self, x, lengths):
         if self.mixture is not None: raise BackboneError("CLAP's layers differ in width: layer='learned' is not possible")
         limit = self.extractor.nb_max_samples

@@ -517,13 +517,67 @@ def fetch(names: List[str] = typer.Argument(None, help="Entries of data_manifest
     if len(failed): raise FetchError(f"{len(failed)} of {len(table)} entries could not be fetched; " + "; ".join(f"{n}: {s.removeprefix('failed: ')}" for n, s in failed.items()))
 
 # %% ../nbs/api/12_cli.ipynb #cli00026
+_SPELLINGS = {"train": "train training", "valid": "valid val validation dev",
+              "test": "test testing eval evaluation"}
+
+
+def _npz_arrays(path):
+    """Those of the arrays embeddings, labels and split that an ``.npz`` holds."""
+    import zlib
+    from zipfile import BadZipFile
+    import numpy as np
+    try: file = np.load(Path(path).expanduser(), allow_pickle=False)
+    except OSError as error: raise ActError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, EOFError, BadZipFile): file = None
+    if not isinstance(file, np.lib.npyio.NpzFile):
+        raise ActError(f"{path}: not an .npz; write it with numpy.savez(path, embeddings=..., labels=...)")
+    with file:
+        if missing := {"embeddings", "labels"} - set(file.files):
+            found = ", ".join(file.files) or "nothing"
+            raise ActError(f"{path}: holds {found}; needs embeddings (N, D) and labels (N,) or (N, C), and "
+                           f"has no {' and no '.join(sorted(missing))}")
+        arrays = {}
+        for name in ("embeddings", "labels", "split"):
+            if name not in file.files: continue
+            try: arrays[name] = file[name]
+            except ValueError:
+                raise ActError(f"{path}: {name} are Python objects, which are not read; save them as an "
+                               "array of numbers or of names (str)") from None
+            except (OSError, EOFError, BadZipFile, zlib.error) as error:
+                raise ActError(f"{path}: {name} cannot be read ({error}); write the file again") from None
+    return arrays
+
+# %% ../nbs/api/12_cli.ipynb #cli00200
+def _sides(names, count):
+    """The side of every clip as train, valid or test, from their usual names."""
+    import numpy as np
+    from act.probes import check_labels
+    if np.ndim(names) > 2 or len(names) != count:
+        raise ActError(f"split has the shape {np.shape(names)}; give one name for each of the {count} "
+                       "embeddings")
+    usual = {spelling: side for side, spellings in _SPELLINGS.items() for spelling in spellings.split()}
+    names = [str(name).strip().lower() for name in check_labels(names, "split")]
+    if unknown := sorted(set(names) - set(usual)):
+        raise ActError(f"split {unknown[0]!r} is not known; use {', '.join(_SPELLINGS)}")
+    return np.array([usual[name] for name in names])
+
+
+def _drawn_sides(y):
+    """A split for labels (N,) or (N, C)."""
+    import numpy as np
+    import torch
+    from act.tasks import split_groups
+    ids = y.astype(np.float32) if y.ndim == 2 else np.unique(y, return_inverse=True)[1]
+    return split_groups(torch.from_numpy(ids))
+
+# %% ../nbs/api/12_cli.ipynb #cli00201
 def read_embeddings(path):
     """Embeddings, labels and split from an ``.npz``.
 
     Parameters
     ----------
     path : path
-        With the arrays ``embeddings`` (N, D), ``labels`` (N,) or multi-hot (N, C), and optionally ``split`` (N,).
+        With the arrays ``embeddings`` (N, D), ``labels`` (N,) or multi-hot (N, C), and ``split`` (N,) if any.
 
     Returns
     -------
@@ -533,30 +587,35 @@ def read_embeddings(path):
     Raises
     ------
     ActError
-        If the file is not such an ``.npz``.
+        If the file is not such an ``.npz``; the message names the array and the row.
     """
-    import numpy as np
-    import torch
-    from act.tasks import SPLITS, split_groups
+    from act.probes import check_embeddings, check_labels
+    arrays = _npz_arrays(path)
+    X = arrays["embeddings"]
     try:
-        with np.load(path, allow_pickle=False) as f: arrays = {k: f[k] for k in f.files}
-        X, y = arrays["embeddings"], arrays["labels"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e: raise ActError(f"{path}: needs the arrays embeddings (N, D) and labels (N,) or (N, C) in an .npz ({e})") from None
-    if len(X) != len(y): raise ActError(f"{path}: {len(X)} embeddings but {len(y)} labels")
-    split = arrays["split"].astype(str) if "split" in arrays else split_groups(torch.as_tensor(y))
-    if missing := set(SPLITS) - set(split.tolist()): raise ActError(f"{path}: split has no {', '.join(sorted(missing))}")
-    return {s: (X[split == s], y[split == s]) for s in SPLITS}
+        check_embeddings(X)
+        y = check_labels(arrays["labels"])
+        if len(X) != len(y): raise ActError(f"{len(X)} embeddings but {len(y)} labels")
+        split = _sides(arrays["split"], len(X)) if "split" in arrays else _drawn_sides(y)
+    except ActError as error: raise ActError(f"{path}: {error}") from None
+    if missing := [side for side in _SPELLINGS if side not in split]:
+        remedy = "every side needs clips"
+        if "split" not in arrays: remedy = f"{len(y)} clips are too few to draw one; give a split"
+        raise ActError(f"{path}: split has no {', '.join(missing)}; {remedy}")
+    return {side: (X[split == side], y[split == side]) for side in _SPELLINGS}
 
-
+# %% ../nbs/api/12_cli.ipynb #cli00202
 @app.command()
-def probe(embeddings: Path = typer.Argument(..., help="An .npz with embeddings, labels and, if there is one, split."), as_json: bool = AsJson):
+def probe(embeddings: Path = typer.Argument(..., help="An .npz with embeddings, labels and, if any, split."),
+          as_json: bool = AsJson):
     """Read embeddings from anywhere with the linear and the k-NN probe.
 
     Example: act probe embeddings.npz
     """
     from act.probes import dual_probe
     parts = read_embeddings(embeddings)
-    dual = dual_probe(*parts.values())
+    try: dual = dual_probe(*parts.values())
+    except ActError as error: raise ActError(f"{embeddings}: {error}") from None
     if as_json: return typer.echo(dual.to_frame().to_json(orient="records"))
     typer.echo(dual._repr_markdown_())
 

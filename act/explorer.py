@@ -472,5 +472,6 @@ def explore(backbone, task, config=TuneConfig(), clips=200, progress=True):
     embeddings = {}
     for name, weights in states.items():
         backbone.load_state_dict(weights)
-        embeddings[name] = np.array(embed(backbone, shown, progress=False))
+        z = embed(backbone, shown, progress=False, max_seconds=config.max_seconds)
+        embeddings[name] = np.array(z)
     return Explorer(data=explorer_data(shown, embeddings, f"{task.name}, {backbone.name}, {config.method} tuning"))

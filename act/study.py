@@ -303,7 +303,8 @@ def _tuned_embedding(run, task, folder, progress):
         log = tune(backbone, task, run.config, folder=folder, progress=progress).log
         losses = log.groupby("epoch").loss.mean().round(6).tolist()
     _require_room(4 * len(task) * backbone.dim)
-    return embed(backbone, task, progress=False), losses
+    max_seconds = None if run.config is None else run.config.max_seconds
+    return embed(backbone, task, progress=False, max_seconds=max_seconds), losses
 
 
 def _geometry(z, labels):
@@ -324,7 +325,7 @@ def _execute(run, work, progress=False):
 
 # %% ../nbs/api/10_study.ipynb #stu00024
 OUTSIDE = {      # faults that are not the run's own: how their messages read, and what to do
-    r"allocate memory|out of memory|MemoryError|bad_alloc": "out of memory: lower batch, set micro_batch, or do fewer runs at once (ACT_JOBS=1)",
+    r"allocate memory|out of memory|MemoryError|bad_alloc": "out of memory: lower batch, max_samples or max_seconds, or do fewer runs at once (ACT_JOBS=1)",
     "|".join(re.escape(os.strerror(e)) for e in DISK_FULL): "the disk is full: make room, or point ACT_CACHE to a larger one"}
 
 
