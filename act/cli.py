@@ -8,7 +8,7 @@ __all__ = ['app', 'BYTES_PER_GB', 'AsJson', 'study_app', 'MINIMUM_FREE', 'main',
            'tasks', 'backbones', 'fetch', 'read_embeddings', 'probe', 'tune', 'status', 'doctor']
 
 # %% ../nbs/api/12_cli.ipynb #cli00003
-import ast, hashlib, html, json, logging, os, re, shutil, sys, time
+import ast, hashlib, html, json, logging, os, re, shutil, sys, time, warnings
 from pathlib import Path
 from typing import List, Optional
 
@@ -16,15 +16,25 @@ import typer
 import yaml
 
 import act
-from .manifest import ActError
+from .manifest import ActError, ActWarning
 
 # %% ../nbs/api/12_cli.ipynb #cli00006
 app = typer.Typer(help="Audio Contrastive Tuning: tune an encoder with a contrastive loss, probe its geometry.\n\nFirst steps: act reproduce --profile quick",
                   no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
+def _one_line(message, category, *place):
+    """A warning as stderr shows it: one line for an `ActWarning`."""
+    if issubclass(category, ActWarning): return f"act: note: {message}\n"
+    return _formatwarning(message, category, *place)
+
+
+_formatwarning = warnings.formatwarning
+
+
 def main():
-    """Run the command line; an `ActError` becomes one line on stderr and exit status 1."""
+    """Run the command line; an `ActError` becomes one line on stderr and exit status 1, an `ActWarning` one line."""
+    warnings.formatwarning = _one_line
     try: app()
     except ActError as e:
         typer.echo(f"act: {e}", err=True)
@@ -457,7 +467,7 @@ def probe(embeddings: Path = typer.Argument(..., help="An .npz with embeddings, 
 # %% ../nbs/api/12_cli.ipynb #cli00029
 def _task_of(where):
     from act.tasks import TaskError, csv_task, folder_task, load_task
-    if where.suffix == ".csv": return csv_task(where)
+    if where.suffix.lower() in (".csv", ".tsv"): return csv_task(where)
     if where.is_dir(): return folder_task(where)
     try: return load_task(str(where))
     except TaskError as e: raise TaskError(f"{where} is neither a folder nor a .csv here, and as a task: {e}") from None
@@ -493,7 +503,9 @@ def tune(where: Path = typer.Argument(..., help="A folder with a sub-folder a cl
     from act.backbones import load_backbone
     from act.study import provenance
     from act.tuning import TuneConfig, tune as tune_encoder
-    config, task, encoder = TuneConfig(method=method, loss=loss, passes=passes, lr=lr, seed=seed), _task_of(where), load_backbone(backbone)
+    config, task = TuneConfig(method=method, loss=loss, passes=passes, lr=lr, seed=seed), _task_of(where)
+    task.require("train", "valid", "test")
+    encoder = load_backbone(backbone)
     if not as_json: _announce_task(task)
     before = _dual(encoder, task)
     after = _dual(tune_encoder(encoder, task, config).backbone, task)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'LISTING', 'LOCK', 'BLOWUP', 'CHUNK', 'FULL', 'DAMAGED', 'RETRIES', 'PATIENCE', 'BLOCK', 'PROFILES',
-           'ActError', 'ManifestError', 'FetchError', 'Unavailable', 'load_manifest', 'near_matches', 'manifest_entry',
-           'cache_dir', 'integrity', 'checksum', 'fetch', 'weight_file', 'names_of', 'list_entries', 'verify',
-           'fetch_many']
+           'ActError', 'ActWarning', 'ManifestError', 'FetchError', 'Unavailable', 'load_manifest', 'near_matches',
+           'manifest_entry', 'cache_dir', 'integrity', 'checksum', 'fetch', 'weight_file', 'names_of', 'list_entries',
+           'verify', 'fetch_many']
 
 # %% ../nbs/api/00_manifest.ipynb #man00003
 import bisect, contextlib, difflib, errno, fnmatch, functools, hashlib, io, itertools, lzma
@@ -24,6 +24,9 @@ from tqdm import tqdm
 # %% ../nbs/api/00_manifest.ipynb #man00006
 class ActError(ValueError):
     """Something the user can mend; its message is one line that names the culprit and the remedy."""
+
+class ActWarning(UserWarning):
+    """Something the user should know before going on; one line, as for `ActError`."""
 
 class ManifestError(ActError):
     """The manifest, or a name looked up in it, is wrong."""

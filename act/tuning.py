@@ -678,6 +678,7 @@ def tune(backbone, task, config=TuneConfig(), fabric=None, folder=None, progress
     TuningError
         If the method has no such loss, or the loss becomes NaN or infinite, naming the step.
     """
+    task.require("train", *([] if config.patience is None else ["valid"]))
     fabric = fabric or default_fabric(config.precision)
     loop = _Loop(backbone, task, config, fabric, folder)
     loop.run(progress, callback)
