@@ -8,7 +8,7 @@ __all__ = ['SUFFIXES', 'FFMPEG_SUFFIXES', 'MIN_RATE', 'MAX_RATE', 'MAX_PER_BYTE'
            'fit_length', 'collate', 'Clip', 'Mixture', 'WaveCache']
 
 # %% ../nbs/api/01_audio.ipynb #aud00003
-import contextlib, functools, hashlib, itertools, json, math, os, sys, time, zlib
+import contextlib, functools, hashlib, itertools, json, math, os, shlex, sys, time, zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from .manifest import ActError, cache_dir
 # %% ../nbs/api/01_audio.ipynb #aud00006
 SUFFIXES = frozenset(".wav .bwf .rf64 .w64 .aif .aiff .aifc .flac .ogg .oga .opus .mp3 .mp2 .au .snd .caf .sph .voc".split())
 FFMPEG_SUFFIXES = frozenset(".m4a .m4b .m4r .mp4 .m4v .mov .3gp .3g2 .aac .adts .webm .mka .mkv .wma .wmv .asf .amr "
-                            ".ac3 .eac3 .alac .ape .wv .tta .tak .mpc .spx .avi .flv .mpg .mpeg .ts .ra .rm".split())
+                            ".ac3 .eac3 .alac .ape .wv .tta .tak .mpc .spx .avi .flv .mpg .mpeg .ra".split())
 
 class AudioError(ActError):
     """A file that is no usable recording; the message names it."""
@@ -135,8 +135,8 @@ def _by_ffmpeg(path, start, seconds):
     path.stat()                                                     # a missing file is called missing
     av = _pyav()
     if av is None:
-        raise AudioError(f"{path}: libsndfile cannot read {path.suffix}: pip install 'act[formats]', "
-                         f"or convert it: ffmpeg -i {path.name} {path.stem}.flac")
+        names = shlex.join([path.name, f"{path.stem}.flac"])
+        raise AudioError(f"{path}: libsndfile cannot read {path.suffix}: pip install 'act[formats]', or convert it: ffmpeg -i {names}")
     end = math.inf if seconds is None else start + seconds
     try: x, rate = _from_container(av, path, end)
     except av.FFmpegError as e: raise RuntimeError(e.strerror) from None

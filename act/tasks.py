@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'SHOWN', 'NAMED', 'WINDOW', 'FSDD_SPLIT', 'MIXTURES', 'MAX_MIXED', 'GAINS', 'MSWC_WORDS', 'DRUMS',
-           'DRUMS_SPLIT', 'DRUMS_WINDOW', 'DRUMS_HOP', 'SHARES', 'SYSTEM', 'AUDIO', 'SPELLINGS', 'MARKS', 'SEPARATORS',
-           'AS_UTF8', 'NEAR', 'TaskError', 'Task', 'register_task', 'load_task', 'list_tasks', 'split_groups',
-           'folder_task', 'csv_task']
+           'DRUMS_SPLIT', 'DRUMS_WINDOW', 'DRUMS_HOP', 'SHARES', 'FEW', 'SYSTEM', 'AUDIO', 'SPELLINGS', 'MARKS',
+           'SEPARATORS', 'AS_UTF8', 'NEAR', 'TaskError', 'Task', 'register_task', 'load_task', 'list_tasks',
+           'split_groups', 'folder_task', 'csv_task']
 
 # %% ../nbs/api/02_tasks.ipynb #tas00003
 import codecs, csv, difflib, hashlib, io, json, os, re, unicodedata, warnings
@@ -623,7 +623,7 @@ def split_groups(labels, groups=None, shares=SHARES, seed=0):
     wanted = np.maximum(np.array(list(shares.values()))[:, None] * total, 1)   # (sides, C + 1)
     wanted[0] = np.maximum(total - wanted[1:].sum(0), 1)
     side = _dealt(counts, wanted, np.random.default_rng(seed).random(len(names)))
-    if len(set(side.tolist())) < len(shares): side = _filled(side, counts, wanted)
+    if len(names) < FEW or len(set(side.tolist())) < len(shares): side = _exchanged(side, counts, wanted)
     return np.array(list(shares))[side[group]]
 
 def _too_few_groups(n, shares):
@@ -654,26 +654,48 @@ def _dealt(counts, wanted, tie_break):
         need[side[g]] -= counts[g]
     return side
 
-def _filled(side, counts, wanted):
-    """Move one group at a time: first to the sides that have none, then while that brings the sides closer to `wanted`."""
+# %% ../nbs/api/02_tasks.ipynb #tas00057c
+FEW = 12   # groups; as many or more are only exchanged where a side would be empty
+
+def _exchanged(side, counts, wanted):
+    """Fill empty sides, then move groups, or swap two of a few, while that brings the sides closer to what is `wanted`."""
     scale = np.maximum(counts.sum(0), 1)
     counts = counts / scale
     wanted = wanted / scale
     side = side.copy()
-    every = np.arange(len(side))
     while True:
-        held = np.stack([counts[side == s].sum(0) for s in range(len(wanted))])              # (sides, C + 1)
+        held = np.stack([counts[side == s].sum(0) for s in range(len(wanted))])      # (sides, C + 1)
         sizes = np.bincount(side, minlength=len(wanted))
-        off = np.square(held - wanted).sum(1)                                                # (sides,)
-        left = np.square(held[side] - counts - wanted[side]).sum(1) - off[side]              # (G,)
-        joined = np.square(held + counts[:, None] - wanted).sum(2) - off                     # (G, sides)
-        change = left[:, None] + joined
-        change[every, side] = np.inf
-        change[sizes[side] == 1] = np.inf                                                    # nobody's last group
-        if not sizes.all(): change[:, sizes > 0] = np.inf
-        g, to = np.unravel_index(change.argmin(), change.shape)
-        if sizes.all() and change[g, to] > -1e-9: return side
-        side[g] = to
+        moves = _change_by_moves(side, counts, held, wanted)
+        moves[sizes[side] == 1] = np.inf
+        if not sizes.all(): moves[:, sizes > 0] = np.inf
+        g, to = np.unravel_index(moves.argmin(), moves.shape)
+        if not sizes.all() or moves[g, to] < -1e-9:
+            side[g] = to
+            continue
+        if len(side) >= FEW: return side
+        swaps = _change_by_swaps(side, counts, held, wanted)
+        g, h = np.unravel_index(swaps.argmin(), swaps.shape)
+        if swaps[g, h] > -1e-9: return side
+        side[[g, h]] = side[[h, g]]
+
+def _change_by_moves(side, counts, held, wanted):
+    """How much farther from `wanted` it is, (G, sides), after a group has moved to a side."""
+    off = np.square(held - wanted).sum(1)                                            # (sides,)
+    left = np.square(held[side] - counts - wanted[side]).sum(1) - off[side]          # (G,)
+    joined = np.square(held + counts[:, None] - wanted).sum(2) - off                 # (G, sides)
+    change = left[:, None] + joined
+    change[np.arange(len(side)), side] = np.inf
+    return change
+
+def _change_by_swaps(side, counts, held, wanted):
+    """How much farther from `wanted` it is, (G, G), after two groups have changed places."""
+    off = np.square(held - wanted).sum(1)
+    gained = counts[None] - counts[:, None]                                          # (G, G, C + 1), by the side of the first
+    change = np.square((held - wanted)[side][:, None] + gained).sum(2) - off[side][:, None]
+    change = change + change.T
+    change[side[:, None] == side] = np.inf
+    return change
 
 # %% ../nbs/api/02_tasks.ipynb #tas00060
 def _listed(parts):
