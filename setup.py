@@ -34,6 +34,6 @@ setuptools.setup(
     long_description=Path("README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
     zip_safe=False, cmdclass={"build_py": build_with_manifest},
     entry_points={"console_scripts": listed("console_scripts"),
-                  "act.tasks": ["words = act.words", "study = act.study"],
+                  "act.tasks": ["words = act.words"],
                   "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
 )

@@ -5,7 +5,8 @@ The names below come from their modules when they are first used, so that ``impo
 __version__ = "0.1.0"
 
 _HOMES = {
-    "manifest": ("ActError", "fetch", "load_manifest"),
+    "core": ("ActError",),
+    "manifest": ("fetch", "load_manifest"),
     "tasks": ("Task", "csv_task", "folder_task", "list_tasks", "load_task", "register_task"),
     "backbones": ("Backbone", "list_backbones", "load_backbone", "register_backbone"),
     "losses": ("ContrastiveLoss", "contrastive_loss"),

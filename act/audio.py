@@ -23,7 +23,7 @@ from scipy.signal import resample_poly
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from .manifest import ActError, cache_dir
+from .core import ActError, cache_path, code_of, identity, replacing, versions, write_atomic
 
 # %% ../nbs/api/01_audio.ipynb #aud00006
 SUFFIXES = frozenset(".wav .bwf .rf64 .w64 .aif .aiff .aifc .flac .ogg .oga .opus .mp3 .mp2 .au .snd .caf .sph .voc".split())
@@ -270,17 +270,24 @@ def audio_info(path):
     AudioError
         If the file does not exist, its header cannot be read or is not credible, or it holds no samples.
     """
+    return _info(path)[:2]
+
+def _info(path):
+    """Rate and duration of a file, and whether its samples are floats."""
     path = Path(path).expanduser()
+    floats = False
     with _named(path):
         stat = path.stat()
-        if path.suffix.lower() in FFMPEG_SUFFIXES: return _measured(path, stat.st_size, stat.st_mtime_ns)
-        with _open(path) as f:
-            rate = _credible(path, f.samplerate)
-            frames = f.frames
-            unknown = isinstance(f, _Streamed)
-        if unknown: return _measured(path, stat.st_size, stat.st_mtime_ns)
+        measured = path.suffix.lower() in FFMPEG_SUFFIXES
+        if not measured:
+            with _open(path) as f:
+                rate = _credible(path, f.samplerate)
+                frames = f.frames
+                floats = f.subtype in ("FLOAT", "DOUBLE")
+                measured = isinstance(f, _Streamed)
+        if measured: return *_measured(path, stat.st_size, stat.st_mtime_ns), floats
     if not frames: raise AudioError(f"{path}: holds no samples; replace or remove it")
-    return rate, frames / rate
+    return rate, frames / rate, floats
 
 @functools.lru_cache(maxsize=1 << 16)
 def _measured(path, size, mtime):
@@ -310,10 +317,9 @@ def check_audio(path):
     AudioError
         As `audio_info`, and if float samples are not finite.
     """
-    found = audio_info(path)
-    path = Path(path).expanduser()
-    if path.suffix.lower() in SUFFIXES and sf.info(path).subtype in ("FLOAT", "DOUBLE"): _decode(path, 0., None)
-    return found
+    rate, duration, floats = _info(path)
+    if floats: _decode(path, 0., None)
+    return rate, duration
 
 # %% ../nbs/api/01_audio.ipynb #aud00020
 def fit_length(x, samples, how="pad", generator=None):
@@ -388,7 +394,7 @@ class Clip:
     @property
     def key(self):
         """What identifies the clip: its name, and the stretch if it is one."""
-        stretch = "" if not self.start and self.seconds is None else f"@{self.start:g}+{self.seconds or math.inf:g}"
+        stretch = "" if not self.start and self.seconds is None else f"@{self.start:.15g}+{self.seconds or math.inf:.15g}"
         return (self.name or Path(self.path).name) + stretch
 
     @property
@@ -465,11 +471,11 @@ def _seconds(clip, rate):
     clip.load(rate)
     return time.perf_counter() - started
 
-def _signature(clips):
-    """SHA-256 over size and time of change of every file the clips read: another one means another cache."""
-    paths = sorted({str(p) for c in clips for p in getattr(c, "paths", ())})
-    stats = [os.stat(p) for p in paths if os.path.exists(p)]
-    return hashlib.sha256(json.dumps([[p, s.st_size, s.st_mtime_ns] for p, s in zip(paths, stats)]).encode()).hexdigest()
+def _decoders(clips):
+    """The versions of the libraries that decode these clips."""
+    suffixes = {Path(p).suffix.lower() for c in clips for p in getattr(c, "paths", ())}
+    by_ffmpeg = {"av": _pyav().__version__} if _pyav() and suffixes & FFMPEG_SUFFIXES else {}
+    return {"libsndfile": sf.__libsndfile_version__, **by_ffmpeg}
 
 def _decoded(clips, rate):
     """Samples and rate of each clip: a file's own rate, or the wanted one of anything else."""
@@ -494,23 +500,28 @@ def _loaded(clips, rate, workers):
 # %% ../nbs/api/01_audio.ipynb #aud00031
 def _build(path, clips, rate, header, workers, progress):
     """Write the samples, then the index that makes them valid."""
-    part, lengths, crcs = path.with_suffix(".part"), [], []
-    with open(part, "wb") as f:
-        for x in tqdm(_loaded(clips, rate, workers), total=len(clips), desc=f"decode at {rate} Hz", disable=not progress, file=sys.stdout, mininterval=1, ncols=80):
+    for left in path.parent.glob(f"{path.name}.*.tmp"): left.unlink()      # of a process that was killed; the lock is ours
+    lengths = []
+    checksums = []
+    bar = dict(total=len(clips), desc=f"decode at {rate} Hz", disable=not progress, file=sys.stdout, mininterval=1, ncols=80)
+    with replacing(path) as temporary, open(temporary, "wb") as f:
+        for x in tqdm(_loaded(clips, rate, workers), **bar):
             data = np.ascontiguousarray(x.numpy(), dtype=np.float32)
-            lengths.append(len(data)); crcs.append(zlib.crc32(data)); f.write(data)
+            lengths.append(len(data))
+            checksums.append(zlib.crc32(data))
+            f.write(data)
     _recent.cache_clear()
-    os.replace(part, path)
-    index = dict(header, mtime=path.stat().st_mtime_ns, lengths=lengths, crcs=crcs)
-    part.write_text(json.dumps(index))
-    os.replace(part, path.with_suffix(".json"))
+    index = dict(header, mtime=path.stat().st_mtime_ns, lengths=lengths, crcs=checksums)
+    write_atomic(path.with_suffix(".json"), json.dumps(index))
 
 def _index(path, header):
     """The index of a complete cache that holds what `header` describes, else None."""
-    try: index, stat = json.loads(path.with_suffix(".json").read_text()), path.stat()
+    try:
+        index = json.loads(path.with_suffix(".json").read_text())
+        status = path.stat()
     except (OSError, ValueError): return None
-    if any(index.get(k) != v for k, v in header.items()) or stat.st_size != 4 * sum(index["lengths"]): return None
-    return index if index["mtime"] == stat.st_mtime_ns or _intact(path, index) else None
+    if any(index.get(k) != v for k, v in header.items()) or status.st_size != 4 * sum(index["lengths"]): return None
+    return index if index["mtime"] == status.st_mtime_ns or _intact(path, index) else None
 
 def _intact(path, index):
     """Whether every clip has the checksum it was written with."""
@@ -531,9 +542,15 @@ class WaveCache:
         self.rate, self.lengths = index["rate"], torch.tensor(index["lengths"])
         self._ends, self._data = self.lengths.cumsum(0).tolist(), np.memmap(path, np.float32, "r")
 
+    @staticmethod
+    def identity(clips, rate, digest):
+        """What the waveforms depend on: the clips, the code that reads them, the libraries; an `act.core.Identity`."""
+        code = code_of("act.audio", *dict.fromkeys(map(type, clips)))
+        return identity(clips=digest, rate=rate, code=code, versions={**versions(), **_decoders(clips)})
+
     @classmethod
     def open(cls, clips, rate, digest, workers=None, progress=True):
-        """Open the cache of these clips, building it when it is absent, damaged or older than its files.
+        """Open the cache of these clips, building it when it is absent or damaged.
 
         Parameters
         ----------
@@ -542,7 +559,7 @@ class WaveCache:
         rate : int
             Hz.
         digest : str
-            Identifies the clips; names the file.
+            Identifies the clips and the contents of their files, such as `Task.content`.
         workers : int, optional
             Threads; by default one per core if that pays and all clips are `threadsafe`, else one.
         progress : bool
@@ -557,13 +574,12 @@ class WaveCache:
         AudioError
             If a clip cannot be read; nothing is left behind.
         """
-        path = cache_dir()/"waves"/f"{digest[:16]}-{rate}.f32"
-        path.parent.mkdir(exist_ok=True)
-        header = dict(digest=digest, rate=rate, clips=len(clips), sources=_signature(clips))
-        with filelock.FileLock(f"{path}.lock"):
-            if _index(path, header) is None:
-                try: _build(path, clips, rate, header, workers or _workers(clips, rate), progress)
-                finally: path.with_suffix(".part").unlink(missing_ok=True)
+        path = cache_path()/"waves"/f"{cls.identity(clips, rate, digest).digest[:24]}-{rate}.f32"
+        header = dict(digest=digest, rate=rate, clips=len(clips))
+        if _index(path, header) is None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with filelock.FileLock(f"{path}.lock"):
+                if _index(path, header) is None: _build(path, clips, rate, header, workers or _workers(clips, rate), progress)
         return cls(path)
 
     def __len__(self): return len(self._ends)

@@ -33,7 +33,8 @@ from .encoders import (AISFX_HOP, AISFX_PEAK, AISFX_WINDOW, GE2E_HOP, GE2E_LOUDN
                           MelSpectrogram, MusiCNN, MusiCNNBackend, MusicVGG, SPEECH_STRIDE, SPEECH_WINDOW, aisfx_mel, aisfx_network,
                           ge2e_mel, ge2e_windows, musicnn_mel, read_aisfx_network, read_ge2e_network, read_music_vgg, read_musicnn,
                           read_speech_network, slaney_filters, speech_decibels, speech_mel, speech_network, unit_variance)
-from .manifest import ActError, near_matches, weight_file
+from .core import ActError, Registry, near_matches
+from .manifest import weight_file
 
 # %% ../nbs/api/04_backbones.ipynb #bac00005
 class BackboneError(ActError):
@@ -217,7 +218,7 @@ def _extra(module, extra, wanted_by):
     except ImportError: raise BackboneError(f"{wanted_by} needs {module}: pip install 'act[{extra}]'") from None
 
 # %% ../nbs/api/04_backbones.ipynb #bac00021
-_BUILDERS = {}
+_BUILDERS = Registry("backbone", "act.backbones")
 
 # %% ../nbs/api/04_backbones.ipynb #bac00022
 def register_backbone(name):
@@ -280,8 +281,7 @@ def _check_options(name, builder, groups, options):
 
 
 def _find_builder(name):
-    for pattern, builder in _BUILDERS.items():
-        if match := re.fullmatch(pattern, name): return builder, match.groups()
+    if known := _BUILDERS.find(name): return known[2], known[1].groups()
     raise BackboneError(f"no backbone {name!r}; did you mean {' or '.join(near_matches(name, _BUILDERS))}? act.list_backbones() shows all")
 
 # %% ../nbs/api/04_backbones.ipynb #bac00024

@@ -16,20 +16,19 @@ import typer
 import yaml
 
 import act
-from .manifest import ActError, ActWarning
+from .core import ActError, ActWarning
 
 # %% ../nbs/api/12_cli.ipynb #cli00006
 app = typer.Typer(help="Audio Contrastive Tuning: tune an encoder with a contrastive loss, probe its geometry.\n\nFirst steps: act reproduce --profile quick",
                   no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
+_in_full = warnings.formatwarning
+
+
 def _one_line(message, category, *place):
     """A warning as stderr shows it: one line for an `ActWarning`."""
-    if issubclass(category, ActWarning): return f"act: note: {message}\n"
-    return _formatwarning(message, category, *place)
-
-
-_formatwarning = warnings.formatwarning
+    return f"act: note: {message}\n" if issubclass(category, ActWarning) else _in_full(message, category, *place)
 
 
 def main():
@@ -117,13 +116,35 @@ def paper_notebooks(only=None):
     return [n for n in notebooks if n.stem.startswith(tuple(wanted))]
 
 # %% ../nbs/api/12_cli.ipynb #cli00014
+_SHOWING = ("cli", "explorer", "_modidx")      # modules that no paper notebook executes
+
+
 def _stamp(notebook, parameters, out):
-    from act.study import code_digest
+    """The digest of everything that a notebook's outputs follow from; the folder they go to does not count."""
+    from act.core import code_of, device_kind, file_digest, identity, versions
     from act.manifest import load_manifest
-    everything = tuple(sorted(p.stem for p in Path(act.__file__).parent.glob("*.py") if p.stem not in ("cli", "_modidx")))
-    known = json.dumps([parameters, load_manifest(), os.environ.get("ACT_MIRROR")], sort_keys=True, default=str)
-    indices = [p.read_bytes() for p in sorted(out.glob("*.records.json"))] if notebook.stem == "claims" else []      # it reads what the others wrote
-    return hashlib.sha256(b"".join([notebook.read_bytes(), (paper_folder() / "reported.csv").read_bytes(), *indices, (code_digest(everything) + known).encode()])).hexdigest()
+    modules = [p.stem for p in Path(act.__file__).parent.glob("*.py") if p.stem not in _SHOWING]
+    settings = {k: v for k, v in parameters.items() if k != "results"}
+    files = [notebook, paper_folder() / "reported.csv"]
+    if notebook.stem == "claims": files += sorted(out.glob("*.records.json"))      # it reads what the others wrote
+    return identity(parameters=settings, files=[file_digest(p) for p in files], manifest=load_manifest(), data=_data_at_hand(),
+                    code=code_of(*(f"act.{m}" for m in modules)), own=_installed_parts(), versions=versions(), device=device_kind()).digest
+
+
+def _data_at_hand():
+    """The archives in the mirror and the terms that were accepted: they decide which rows can be measured."""
+    mirror = os.environ.get("ACT_MIRROR")
+    names = sorted(p.name for p in Path(mirror).expanduser().iterdir()) if mirror and Path(mirror).expanduser().is_dir() else []
+    return names, sorted(set(re.split(r"[,\s]+", os.environ.get("ACT_ACCEPT", ""))))
+
+
+def _installed_parts():
+    """The code of tasks, encoders and losses that installed packages add."""
+    import act.backbones, act.tasks      # which make the registries
+    from act.core import REGISTRIES, code_of
+    parts = [part for registry in REGISTRIES.values() for part in registry.load_installed().values()]
+    functions = [f for part in parts for f in (part if isinstance(part, tuple) else (part,)) if callable(f)]
+    return code_of(*functions)
 
 
 def _mark(out, name): return out / "notebooks" / f"{name}.stamp"

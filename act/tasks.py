@@ -12,9 +12,7 @@ __all__ = ['SPLITS', 'SHOWN', 'NAMED', 'WINDOW', 'FSDD_SPLIT', 'MIXTURES', 'MAX_
 import codecs, csv, difflib, hashlib, io, json, os, re, unicodedata, warnings
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import cached_property
-from importlib.metadata import entry_points
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -24,7 +22,8 @@ import torch.nn.functional as F
 from sklearn.model_selection import train_test_split
 
 from .audio import FFMPEG_SUFFIXES, SUFFIXES, AudioError, Clip, Mixture, WaveCache, audio_info, check_audio, decodable
-from .manifest import ActError, ActWarning, checksum, fetch, list_entries, load_manifest, near_matches
+from .core import ActError, ActWarning, Registry, content_of, file_digest, identity, near_matches
+from .manifest import entry_file_digest, fetch, list_entries, load_manifest
 
 # %% ../nbs/api/02_tasks.ipynb #tas00006
 SPLITS = ("train", "valid", "test")
@@ -56,8 +55,6 @@ class Task:
     entry : str, optional
         The manifest entry the files come from.
     licence : str, optional
-    source : str, optional
-        Instead of a manifest entry, what pins the files: a checksum over them.
     """
     name: str
     clips: list
@@ -68,7 +65,6 @@ class Task:
     rate: int | None = None
     entry: str | None = None
     licence: str | None = None
-    source: str | None = None
 
     def __post_init__(self):
         self.classes = tuple(self.classes)
@@ -115,15 +111,17 @@ class Task:
         return replace(self, name=name or self.name, clips=[self.clips[i] for i in keep], labels=self.labels[torch.from_numpy(keep)],
                        split=self.split[keep], groups=groups)
 
-    @cached_property
+    @property
     def content(self):
-        """SHA-256 that identifies the waveforms: the keys of the clips and the checksum of their source."""
-        return _hash([c.key for c in self.clips], checksum(self.entry) if self.entry else self.source)
+        """SHA-256 that identifies the waveforms: what each clip is, and the contents of its files as they are now."""
+        return identity(clips=_clip_identities(self)).digest
 
-    @cached_property
+    @property
     def digest(self):
         """SHA-256 over all that a result depends on: waveforms, labels, classes, split and groups."""
-        return _hash(self.content, self.labels.tolist(), self.classes, self.split.tolist(), None if self.groups is None else self.groups.tolist())
+        groups = None if self.groups is None else self.groups.tolist()
+        labels = content_of(self.labels)
+        return identity(clips=self.content, labels=labels, classes=self.classes, split=self.split.tolist(), groups=groups).digest
 
     @property
     def shared_groups(self):
@@ -149,12 +147,26 @@ class Task:
         """The `WaveCache` of all clips at `rate` Hz, in the order of the clips."""
         return WaveCache.open(self.clips, rate, self.content)
 
+# %% ../nbs/api/02_tasks.ipynb #tas00008b
+def _clip_identities(task):
+    """What each clip of a task is, for its identity."""
+    known = {}
+    digest = entry_file_digest(task.entry) if task.entry else file_digest
+    return [_clip_identity(clip, lambda path: known.setdefault(path, digest(path))) for clip in task.clips]
+
+
+def _clip_identity(clip, digest):
+    """What one clip is; `digest` maps a path to the content of the file."""
+    if type(clip) is Mixture: return [[_clip_identity(c, digest) for c in clip.clips], clip.gains]
+    files = [digest(path) for path in getattr(clip, "paths", ())]
+    if type(clip) is Clip: return [clip.name or Path(clip.path).name, clip.start, clip.seconds, files]
+    own = {k: v for k, v in vars(clip).items() if not isinstance(v, PurePath)} if hasattr(clip, "__dict__") else {}
+    return [clip.key, files, content_of(own)]
+
 # %% ../nbs/api/02_tasks.ipynb #tas00009
 SHOWN = 5   # problems that a message spells out
 
 def _counted(n, what): return f"{n} {what}" + ("" if n == 1 else "es" if what.endswith("s") else "s")
-
-def _hash(*parts): return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 def _no_clips(sides):
     """What is wrong with a split whose `sides` are empty."""
@@ -278,7 +290,7 @@ def _draw_spectrogram(ax, task, i):
     ax.set_title(label[:24], parse_math=False)
 
 # %% ../nbs/api/02_tasks.ipynb #tas00022
-_LOADERS = {}   # pattern -> (shown name, manifest entry, facts, loader)
+_LOADERS = Registry("task", "act.tasks")     # pattern -> (shown name, manifest entry, facts, loader)
 
 def register_task(pattern, name=None, entry=None, **facts):
     """Register a loader of tasks.
@@ -306,11 +318,6 @@ def register_task(pattern, name=None, entry=None, **facts):
     return register
 
 # %% ../nbs/api/02_tasks.ipynb #tas00023
-def _registered():
-    """All loaders, those of installed packages included."""
-    for module in entry_points(group="act.tasks"): module.load()
-    return _LOADERS
-
 def load_task(name):
     """Load a task by name, fetching its data when they are not in the cache.
 
@@ -330,8 +337,9 @@ def load_task(name):
     FetchError
         If its data cannot be had.
     """
-    for pattern, (*_, loader) in _registered().items():
-        if match := re.fullmatch(pattern, name): return replace(loader(*match.groups()), name=name)
+    if known := _LOADERS.find(name):
+        _, match, (*_, loader) = known
+        return replace(loader(*match.groups()), name=name)
     near = near_matches(name, [shown for shown, *_ in _LOADERS.values()])
     raise TaskError(f"unknown task {name!r}: did you mean {', '.join(near)}?")
 
@@ -345,7 +353,7 @@ def list_tasks():
         its data are "fetched", "in the mirror" or "remote"; "here" for tasks that need none.
     """
     entries, states, rows = load_manifest(), list_entries()["state"], []
-    for shown, entry, facts, loader in _registered().values():
+    for shown, entry, facts, loader in _LOADERS.load_installed().values():
         e = {"title": (loader.__doc__ or "").split("\n")[0], **entries.get(entry, {}), **facts}
         rows.append(dict(task=shown, **{k: e.get(k) for k in ("title", "labels", "classes", "clips", "hours", "rate", "licence")},
                          profiles=", ".join(e.get("profiles", [])), state=states.get(entry, "here")))
@@ -749,9 +757,8 @@ def _own_task(name, files, labels, split, groups, licence, sides, problems=(), n
         raise TaskError(f"{name}: {_counted(len(problems), 'problem')}: {_listed(problems)}{aside}")
     classes, y = _classes_and_labels(labels)
     if split is None: split = split_groups(y, groups, {s: SHARES[s] for s in sides})
-    source = _hash([[n, hashlib.sha256(p.read_bytes()).hexdigest()] for n, p in files])
     clips = [Clip(p, name=n) for n, p in files]
-    task = Task(name, clips, y, classes, split, groups, rates.most_common(1)[0][0], None, licence, source)
+    task = Task(name, clips, y, classes, split, groups, rates.most_common(1)[0][0], None, licence)
     notes = [*notes, *_uneven(task, sides)]
     if notes: warnings.warn(f"{name}: {_listed(notes)}", ActWarning, stacklevel=3)
     return task

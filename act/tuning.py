@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['METHODS', 'PROJECTIONS', 'CONSTANT_STEPS', 'LINEAR_PROBE_STEPS', 'LINEAR_PROBE_DECAY', 'TuningError', 'Augment',
            'TuneConfig', 'augmented', 'batches', 'schedule', 'projection_head', 'best_constant', 'classifier_head',
-           'criterion_of', 'fit_head', 'Tunable', 'Tuned', 'frozen_embeddings', 'default_fabric', 'tune', 'live_plot',
+           'criterion_of', 'loss_functions', 'fit_head', 'Tunable', 'Tuned', 'frozen_embeddings', 'tune', 'live_plot',
            'tensorboard']
 
 # %% ../nbs/api/06_tuning.ipynb #tun00003
 import json, math, os, sys, time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +18,13 @@ import pandas as pd
 import torch
 import torch.nn as nn
 from fastcore.basics import patch
-from lightning.fabric import Fabric
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from .losses import CLASSIFICATION_LOSSES, LOSSES, ContrastiveLoss, cached_step, gathered_loss, valid_anchors
-from .manifest import ActError
+from .losses import _BUILDERS, CLASSIFICATION_LOSSES, LOSSES, ContrastiveLoss, cached_step, gathered_loss, valid_anchors
+from .core import ActError, code_of, full_path, identity, replacing
+from .embeddings import computing_on, default_fabric, fingerprint
 
 # %% ../nbs/api/06_tuning.ipynb #tun00007
 METHODS = ("contrastive", "vanilla", "lp-ft")
@@ -361,6 +361,22 @@ def criterion_of(config, multilabel):
     name = config.loss or (("jaccard" if multilabel else "supcon") if contrastive else ("bce" if multilabel else "cross-entropy"))
     return name, ContrastiveLoss(name, config.temperature) if contrastive else CLASSIFICATION_LOSSES[name]
 
+
+def loss_functions(config, multilabel):
+    """The functions and classes that a loss consists of, for the identity of a run.
+
+    Parameters
+    ----------
+    config, multilabel
+        As for `criterion_of`.
+
+    Returns
+    -------
+    list of callable
+    """
+    name, criterion = criterion_of(config, multilabel)
+    return [criterion, *(registry[name] for registry in (_BUILDERS, CLASSIFICATION_LOSSES) if name in registry)]
+
 # %% ../nbs/api/06_tuning.ipynb #tun00028
 LINEAR_PROBE_STEPS, LINEAR_PROBE_DECAY = 200, 1e-3
 
@@ -456,38 +472,63 @@ def _finite(loss, step):
 
 # %% ../nbs/api/06_tuning.ipynb #tun00040
 CHECKPOINT = "checkpoint.safetensors"
+_WITHOUT_EFFECT = {"checkpoint_minutes"}         # fields of a configuration that do not change the result
+
+
+def _run_identity(backbone, task, config, fabric):
+    """What the result of a tuning run depends on; an `act.core.Identity`."""
+    settings = {k: v for k, v in asdict(config).items() if k not in _WITHOUT_EFFECT}
+    code = code_of("act.tuning", "act.audio", *dict.fromkeys(map(type, task.clips)), *loss_functions(config, task.multilabel))
+    tuned = [name for name, p in backbone.named_parameters() if p.requires_grad]
+    where = dict(processes=fabric.world_size, **computing_on(fabric))
+    return identity(**{**settings, **where}, task=task.digest, encoder=fingerprint(backbone), tuned=tuned, code=code)
 
 
 def _tensors(loop):
     state = loop.optimiser.state_dict()["state"]
-    return ({f"model.{k}": v for k, v in loop.model.module.state_dict().items()} | {f"best.{k}": v for k, v in (loop.best or {}).items()}
-            | {f"optimiser.{i}.{k}": torch.as_tensor(v) for i, s in state.items() for k, v in s.items()})
+    model = {f"model.{k}": v for k, v in loop.model.module.state_dict().items()}
+    best = {f"best.{k}": v for k, v in (loop.best or {}).items()}
+    optimiser = {f"optimiser.{i}.{k}": torch.as_tensor(v) for i, s in state.items() for k, v in s.items()}
+    return model | best | optimiser
 
 
 def _save_checkpoint(loop):
-    loop.folder.mkdir(parents=True, exist_ok=True)
-    temporary = loop.folder / f"{CHECKPOINT}.{os.getpid()}.tmp"
     tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in _tensors(loop).items()}
-    save_file(tensors, temporary, dict(step=str(loop.step), log=json.dumps(loop.log)))
-    os.replace(temporary, loop.folder / CHECKPOINT)
+    header = dict(step=str(loop.step), log=json.dumps(loop.log), identity=json.dumps(loop.identity))
+    with replacing(loop.folder / CHECKPOINT) as temporary: save_file(tensors, temporary, header)
 
 
 def _load_checkpoint(loop):
-    with safe_open(loop.folder / CHECKPOINT, "pt") as f: meta, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
+    path = loop.folder / CHECKPOINT
+    try:
+        with safe_open(path, "pt") as f:
+            header = f.metadata() or {}
+            _check_checkpoint(path, header, loop.identity)
+            tensors = {k: f.get_tensor(k) for k in f.keys()}
+    except SafetensorError as e:
+        raise TuningError(f"{path} is no checkpoint ({e}): delete it, or choose another folder") from None
     part = lambda name: {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
     loop.model.module.load_state_dict(part("model"))
     loop.best, state = part("best") or None, {}
     for key, value in part("optimiser").items(): state.setdefault(int(key.split(".")[0]), {})[key.split(".")[1]] = value
     loop.optimiser.load_state_dict(dict(state=state, param_groups=loop.optimiser.state_dict()["param_groups"]))
-    loop.step, loop.log = int(meta["step"]), json.loads(meta["log"])
+    loop.step, loop.log = int(header["step"]), json.loads(header["log"])
+
+
+def _check_checkpoint(path, header, here):
+    """Raise unless a checkpoint belongs to the run that is about to resume it."""
+    if "identity" not in header: raise TuningError(f"{path} does not say which run it is of: delete it, or choose another folder")
+    differing = here.differing(json.loads(header["identity"]))
+    if differing: raise TuningError(f"{path} is of another run; it differs in {', '.join(differing)}: delete it, or choose another folder")
 
 # %% ../nbs/api/06_tuning.ipynb #tun00042
 class _Loop:
     "One tuning run: what it is made of, and how it advances by a step."
     def __init__(self, backbone, task, config, fabric, folder):
-        self.config, self.fabric, self.folder, self.rate = config, fabric, Path(folder) if folder else None, backbone.rate
+        self.config, self.fabric, self.folder, self.rate = config, fabric, full_path(folder) if folder else None, backbone.rate
         self.task, self.rows, self.waves, self.labels = task, task.indices("train"), task.waveforms(backbone.rate), task.labels
         self.loss_name, self.criterion = criterion_of(config, task.multilabel)
+        self.identity = _run_identity(backbone, task, config, fabric) if self.folder else None
         torch.manual_seed(config.seed)
         head, self.chance = self._head(backbone.to(fabric.device))
         tunable = Tunable(backbone, head)
@@ -626,27 +667,6 @@ def frozen_embeddings(backbone, waves, rows, batch, device):
     parts = (waves.batch(part) for part in np.array_split(rows, max(1, math.ceil(len(rows) / batch))))
     return torch.cat([backbone(x.to(device), n.to(device)).float() for x, n in parts])
 
-# %% ../nbs/api/06_tuning.ipynb #tun00056
-def default_fabric(precision="32-true"):
-    """The Fabric of this process: one device, or its share of a `torchrun` or `srun` job.
-
-    Parameters
-    ----------
-    precision : str
-        Fabric's, such as ``"bf16-mixed"``.
-
-    Returns
-    -------
-    lightning.fabric.Fabric
-        Launched.
-    """
-    env = os.environ
-    world = int(env.get("WORLD_SIZE", env.get("SLURM_STEP_NUM_TASKS", 1)))
-    nodes = int(env.get("GROUP_WORLD_SIZE", env.get("SLURM_STEP_NUM_NODES", 1)))
-    fabric = Fabric(accelerator="auto", devices=world // nodes, num_nodes=nodes, strategy="ddp" if world > 1 else "auto", precision=precision)
-    fabric.launch()
-    return fabric
-
 # %% ../nbs/api/06_tuning.ipynb #tun00059
 def tune(backbone, task, config=TuneConfig(), fabric=None, folder=None, progress=True, callback=None):
     """Tune an encoder on the training split of a task.
@@ -660,9 +680,9 @@ def tune(backbone, task, config=TuneConfig(), fabric=None, folder=None, progress
     config : TuneConfig
         Method, loss, budget, rates, seed.
     fabric : lightning.fabric.Fabric, optional
-        Device, precision and processes; by default `default_fabric`.
+        Device, precision and processes; by default `act.embeddings.default_fabric`.
     folder : path, optional
-        Where to keep checkpoints; a run that finds one there resumes and ends with the same result.
+        Where to keep checkpoints; a run that finds its own there resumes and ends with the same result.
     progress : bool
         Show a bar.
     callback : callable, optional
@@ -676,7 +696,8 @@ def tune(backbone, task, config=TuneConfig(), fabric=None, folder=None, progress
     Raises
     ------
     TuningError
-        If the method has no such loss, or the loss becomes NaN or infinite, naming the step.
+        If the method has no such loss, if the folder holds the checkpoint of another run, or if the loss becomes NaN or
+        infinite, naming the step.
     """
     task.require("train", *([] if config.patience is None else ["valid"]))
     fabric = fabric or default_fabric(config.precision)

@@ -22,7 +22,7 @@ from nbdev.config import get_config
 from nbdev.frontmatter import FrontmatterProc
 from nbdev.process import NBProcessor
 
-from act.study import executed_code
+from act.core import executed_code
 
 REPO = Path(__file__).parents[1]
 BAR = re.compile(r"[^\n]*\r[^\n]*\n?")                                                # what a progress bar leaves in a stream

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from act.audio import (FFMPEG_SUFFIXES, AudioError, Clip, Mixture, WaveCache, audio_info, check_audio, collate, decodable, fit_length,
                        read_audio, resample)
+from act.core import file_digest, identity
 
 
 def tone(rate=16000, seconds=.5, channels=1, hz=440.):
@@ -398,7 +399,9 @@ def clips(tmp_path, monkeypatch):
     return [Clip(p) for p in sorted(tmp_path.glob("*.wav"))]
 
 
-def opened(clips, **kw): return WaveCache.open(clips, 8000, "a" * 64, progress=False, **kw)
+def opened(clips, **kw):
+    content = identity(files=[file_digest(c.path) for c in clips]).digest
+    return WaveCache.open(clips, 8000, content, progress=False, **kw)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
@@ -465,10 +468,14 @@ def test_killed_while_building(clips, tmp_path):
     child = subprocess.Popen([sys.executable, "-c", code])
     waves = tmp_path/"cache"/"waves"
     deadline = time.time() + 60
-    while not list(waves.glob("*.part")) and time.time() < deadline: time.sleep(.01)
-    time.sleep(.3); child.kill(); child.wait()
-    assert list(waves.glob("*.part")) and not list(waves.glob("*.f32"))
-    assert torch.equal(opened(clips)[39], clips[39].load(8000)) and not list(waves.glob("*.part"))
+    while not list(waves.glob("*.tmp")) and time.time() < deadline: time.sleep(.01)
+    time.sleep(.3)
+    child.kill()
+    child.wait()
+    assert list(waves.glob("*.tmp")) and not list(waves.glob("*.f32"))
+    subprocess.run([sys.executable, "-c", code], check=True)
+    cache, = waves.glob("*.f32")
+    assert torch.equal(WaveCache(cache)[39], clips[39].load(8000)) and not list(waves.glob("*.tmp"))
 
 
 def test_mixture_is_the_sum_of_its_clips(clips):

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from act.manifest import ActWarning
+from act.core import ActWarning
 from act.tasks import SPLITS, TaskError, csv_task, folder_task
 
-pytestmark = pytest.mark.filterwarnings("error::act.manifest.ActWarning")
+pytestmark = pytest.mark.filterwarnings("error::act.core.ActWarning")
 
 
 def record(path, seed=0, n=400, **kw):

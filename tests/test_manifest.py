@@ -310,6 +310,7 @@ def test_pip_that_finds_nothing_is_told_in_one_line(toy_wheel, tmp_path):
 
 DRIVER = textwrap.dedent("""
     import os, random, shutil, signal, sys, time
+    from act.core import cache_dir
     from act.manifest import *
     sys.stdout = open(os.devnull, "w")
     cache, rng = cache_dir(), random.Random(0)

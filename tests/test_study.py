@@ -156,7 +156,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))      # writing beyond it
 study(runs[1:], sys.argv[2])
 """
     code, said = ended(script(code, own_cache, tmp_path / "wide", tmp_path / "full"))
-    assert code == 1 and said == f"act.study.StudyError: the disk of {tmp_path / 'full'} is full: make room and run again; the records in it are kept"
+    assert code == 1 and said.startswith(f"act.study.StudyError: {tmp_path / 'full'}") and "the disk is full: make room and run again" in said
     assert only_whole_records(tmp_path / "full") == [] and len(only_whole_records(tmp_path / "wide")) == 2
 
 

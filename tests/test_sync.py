@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 PAPER = sorted(Path(__file__).parents[1].glob("nbs/paper/*.ipynb"))
-ORDER = "manifest audio tasks words encoders backbones losses tuning embeddings probes geometry study report explorer cli".split()
+ORDER = "core manifest audio tasks words encoders backbones losses embeddings tuning probes geometry study report explorer cli".split()
 
 
 @pytest.fixture(scope="module")
