@@ -26,9 +26,11 @@ from tqdm import tqdm
 from .core import ActError, cache_path, code_of, identity, replacing, versions, write_atomic
 
 # %% ../nbs/api/01_audio.ipynb #aud00006
-SUFFIXES = frozenset(".wav .bwf .rf64 .w64 .aif .aiff .aifc .flac .ogg .oga .opus .mp3 .mp2 .au .snd .caf .sph .voc".split())
-FFMPEG_SUFFIXES = frozenset(".m4a .m4b .m4r .mp4 .m4v .mov .3gp .3g2 .aac .adts .webm .mka .mkv .wma .wmv .asf .amr "
-                            ".ac3 .eac3 .alac .ape .wv .tta .tak .mpc .spx .avi .flv .mpg .mpeg .ra".split())
+SUFFIXES = frozenset(                  # what libsndfile reads
+    ".wav .bwf .rf64 .w64 .aif .aiff .aifc .flac .ogg .oga .opus .mp3 .mp2 .au .snd .caf .sph .voc".split())
+FFMPEG_SUFFIXES = frozenset(           # what only FFmpeg reads
+    ".m4a .m4b .m4r .mp4 .m4v .mov .3gp .3g2 .aac .adts .webm .mka .mkv .wma .wmv .asf .amr "
+    ".ac3 .eac3 .alac .ape .wv .tta .tak .mpc .spx .avi .flv .mpg .mpeg .ra".split())
 
 class AudioError(ActError):
     """A file that is no usable recording; the message names it."""
@@ -66,16 +68,18 @@ _NO_AUDIO = {   # first bytes of a file: what it is
 def _reason(path, error):
     """Why a file cannot be read, and the remedy."""
     if path.is_symlink() and not path.exists():
-        return f"is a link to {os.readlink(path)}, which does not exist; fetch that file (git annex get) or remove the link"
+        target = os.readlink(path)
+        return f"is a link to {target}, which does not exist; fetch it (git annex get) or remove the link"
     if not path.exists(): return "does not exist"
     if path.is_dir(): return "is a folder, not a file"
     if not os.access(path, os.R_OK): return "may not be read; change its permissions"
     with open(path, "rb") as f: head = f.read(32)
-    if head[4:8] == b"ftyp" and path.suffix.lower() in SUFFIXES: return "holds MPEG-4 audio; rename it to .m4a"
+    mpeg4 = head[4:8] == b"ftyp"
+    if mpeg4 and path.suffix.lower() in SUFFIXES: return "holds MPEG-4 audio; rename it to .m4a"
     for magic, what in _NO_AUDIO.items():
         if head.startswith(magic): return what
-    detail = " ".join(getattr(error, "error_string", str(error)).split())      # libsndfile's own, without the path
-    return f"cannot be decoded ({detail}); replace or remove it"
+    detail = getattr(error, "error_string", str(error))       # what libsndfile says, without the path
+    return f"cannot be decoded ({' '.join(detail.split())}); replace or remove it"
 
 @contextlib.contextmanager
 def _named(path):
@@ -135,8 +139,9 @@ def _by_ffmpeg(path, start, seconds):
     path.stat()                                                     # a missing file is called missing
     av = _pyav()
     if av is None:
-        names = shlex.join([path.name, f"{path.stem}.flac"])
-        raise AudioError(f"{path}: libsndfile cannot read {path.suffix}: pip install 'act[formats]', or convert it: ffmpeg -i {names}")
+        convert = shlex.join(["ffmpeg", "-i", path.name, f"{path.stem}.flac"])
+        raise AudioError(f"{path}: libsndfile cannot read {path.suffix}: "
+                         f"pip install 'act[formats]', or convert it: {convert}")
     end = math.inf if seconds is None else start + seconds
     try: x, rate = _from_container(av, path, end)
     except av.FFmpegError as e: raise RuntimeError(e.strerror) from None
@@ -228,8 +233,8 @@ def read_audio(path, rate=None, start=0., seconds=None):
     Parameters
     ----------
     path : path-like
-        Any of `SUFFIXES`, and of `FFMPEG_SUFFIXES` where PyAV is installed; any rate, any number of channels (they are
-        averaged).
+        Any of `SUFFIXES`, and of `FFMPEG_SUFFIXES` where PyAV is installed; any rate, any number of
+        channels (they are averaged).
     rate : int, optional
         The wanted rate in Hz; the file's own by default.
     start : float
@@ -291,7 +296,7 @@ def _info(path):
 
 @functools.lru_cache(maxsize=1 << 16)
 def _measured(path, size, mtime):
-    """Rate and duration by decoding; size and time of change name the version of the file that was measured."""
+    """Rate and duration by decoding; `size` and `mtime` say which version of the file was measured."""
     x, rate = _decode(path, 0., None)
     return rate, len(x) / rate
 
@@ -405,7 +410,7 @@ class Clip:
     @property
     def duration(self):
         """How long it is in seconds, from the file's header."""
-        rest = audio_info(self.path)[1] - self.start
+        rest = max(0., audio_info(self.path)[1] - self.start)
         return rest if self.seconds is None else min(rest, self.seconds)
 
     def load(self, rate):

@@ -28,11 +28,12 @@ _in_full = warnings.formatwarning
 
 def _one_line(message, category, *place):
     """A warning as stderr shows it: one line for an `ActWarning`."""
-    return f"act: note: {message}\n" if issubclass(category, ActWarning) else _in_full(message, category, *place)
+    if issubclass(category, ActWarning): return f"act: note: {message}\n"
+    return _in_full(message, category, *place)
 
 
 def main():
-    """Run the command line; an `ActError` becomes one line on stderr and exit status 1, an `ActWarning` one line."""
+    """Run the command line; `ActError` and `ActWarning` become one line on stderr, an error exit status 1."""
     warnings.formatwarning = _one_line
     try: app()
     except ActError as e:
