@@ -849,6 +849,7 @@ def tune(backbone, task, config=TuneConfig(), fabric=None, folder=None, progress
         If the method has no such loss, if the folder holds the checkpoint of another run, or if the loss becomes NaN or
         infinite, naming the step.
     """
+    task.require("train", *([] if config.patience is None else ["valid"]))
     fabric = fabric or default_fabric(config.precision)
     dtype = backbone.dtype
     loop = _Loop(backbone, task, config, fabric, folder)
