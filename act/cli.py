@@ -633,9 +633,8 @@ def probe(embeddings: Path = typer.Argument(..., help="An .npz with embeddings, 
 # %% ../nbs/api/12_cli.ipynb #cli00029
 def _task_of(where):
     from act.tasks import TaskError, csv_task, folder_task, load_task
-    if where.suffix.lower() in (".csv", ".tsv"): return csv_task(where)
     if where.is_dir(): return folder_task(where)
-    if where.is_file() or where.suffix.lower() == ".csv": return csv_task(where)
+    if where.is_file() or where.suffix.lower() in (".csv", ".tsv"): return csv_task(where)
     try: return load_task(str(where))
     except TaskError as e: raise TaskError(f"{where} is neither a folder nor a .csv here, and as a task: {e}") from None
 
