@@ -298,7 +298,8 @@ def load_backbone(name_or_folder, pretrained=True, trainable=None, **options):
     Parameters
     ----------
     name_or_folder : str or Path
-        A registered name, see `list_backbones`, or a folder written by `Backbone.save_pretrained`; ``~`` is the home folder.
+        A registered name, see `list_backbones`, or a folder written by `Backbone.save_pretrained`; ``~`` is
+        the home folder.
     pretrained : bool
         Load the published weights (fetched at the first use), or leave the random ones.
     trainable : "all", "none", int, "lora" or None
@@ -317,7 +318,8 @@ def load_backbone(name_or_folder, pretrained=True, trainable=None, **options):
         If there is no backbone or option of that name, or the folder is damaged.
     """
     name = str(name_or_folder)
-    if name not in _BUILDERS and full_path(name).is_dir(): return _load_folder(full_path(name), pretrained, trainable, options)
+    folder = full_path(name)
+    if name not in _BUILDERS and folder.is_dir(): return _load_folder(folder, pretrained, trainable, options)
     builder, groups = _find_builder(name)
     _check_options(name, builder, groups, options)
     backbone = builder(*groups, pretrained=pretrained, **options).eval()
@@ -334,7 +336,9 @@ def _check_options(name, builder, groups, options):
 
 def _find_builder(name):
     if known := _BUILDERS.find(name): return known[2], known[1].groups()
-    if Path(name).name != name: raise BackboneError(f"{name} is neither a folder here nor the name of a backbone; act.list_backbones() shows the names")
+    if Path(name).name != name:
+        raise BackboneError(f"{name} is neither a folder here nor the name of a backbone; "
+                            "act.list_backbones() shows the names")
     raise BackboneError(f"no backbone {name!r}; did you mean {' or '.join(near_matches(name, _BUILDERS))}? act.list_backbones() shows all")
 
 # %% ../nbs/api/04_backbones.ipynb #bac00024
@@ -751,7 +755,8 @@ def _tower(transformers, identifier, config, pretrained):
     build = kind if kind is not transformers.AutoModel else kind.from_config
     try: model = kind.from_pretrained(identifier) if pretrained else build(config)
     except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
-        raise BackboneError(f"the weights of hf:{identifier} cannot be read: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        raise BackboneError(f"the weights of hf:{identifier} cannot be read: {reason}") from None
     if config.model_type == "whisper": return model.get_encoder()
     return model.audio_model if config.model_type == "clap" else model
 
@@ -806,8 +811,10 @@ def _share_tensors(backbone, shared):
 
 def _weights(backbone, shared):
     """The state of a backbone in the format of safetensors."""
-    state = {name: tensor for name, tensor in backbone.state_dict().items() if name not in shared}
-    return safetensors.torch.save({name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()})
+    state = {}
+    for name, tensor in backbone.state_dict().items():
+        if name not in shared: state[name] = tensor.cpu().clone(memory_format=torch.contiguous_format)
+    return safetensors.torch.save(state)
 
 # %% ../nbs/api/04_backbones.ipynb #bac00058d
 _CHECKPOINT = "checkpoint.safetensors"      # of act.tuning, which may use the same folder
@@ -820,15 +827,17 @@ def _read_config(folder):
     return config if isinstance(config, dict) and {"backbone", "sha256"} <= set(config) else {}
 
 
-def _files_below(folder): return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+def _files_below(folder):
+    return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
 
 
 def _written_files(folder):
-    """Names of the files that an earlier save wrote and that are still as it wrote them; damaged weights may be replaced too."""
+    """Names of the files that are as an earlier save wrote them, and of the weights, which may be damaged."""
     config = _read_config(folder)
     if not config: return set()
-    if "files" not in config: return {CONFIG, WEIGHTS, CARD, *(n for n in _files_below(folder) if n.startswith(f"{ASSETS}/"))}
-    same = {name for name, digest in config["files"].items() if (folder / name).is_file() and file_digest(folder / name) == digest}
+    files = config.get("files")      # an earlier version of act did not list them
+    if files is None: same = {CARD, *(n for n in _files_below(folder) if n.startswith(f"{ASSETS}/"))}
+    else: same = {name for name, digest in files.items() if file_digest(folder / name) == digest}
     return same | {CONFIG, WEIGHTS}
 
 
@@ -866,10 +875,12 @@ def check_save_folder(folder, force=False):
     folder = full_path(folder)
     nearest = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     if not nearest.is_dir(): raise BackboneError(f"{nearest} is a file: choose another folder to save in")
-    if not os.access(nearest, os.W_OK | os.X_OK): raise BackboneError(f"{nearest} may not be written to: choose another folder to save in")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise BackboneError(f"{nearest} may not be written to: choose another folder to save in")
     foreign = None if force else _foreign_file(folder)
     if foreign is None: return folder
-    raise BackboneError(f"{folder} holds files that act did not write, such as {foreign}: choose another folder, or say force=True (act tune --force), "
+    raise BackboneError(f"{folder} holds files that act did not write, such as {foreign}: choose another folder, "
+                        "or say force=True (act tune --force), "
                         f"which replaces {WEIGHTS}, {CONFIG} and {CARD} and keeps the rest")
 
 # %% ../nbs/api/04_backbones.ipynb #bac00058h
@@ -878,9 +889,10 @@ _PARTIAL = ".act-save-"      # begins the name of the folder that a save works i
 
 def _swap(new, old, folder):
     """Move the files of `new` to `folder`, and to `old` what was written there before."""
-    coming = sorted(_files_below(new), key=CONFIG.__eq__)                              # the configuration last
+    coming = sorted(_files_below(new), key=CONFIG.__eq__)      # the configuration last
     leaving = [name for name in sorted(_written_files(folder) | set(coming)) if (folder / name).exists()]
-    moves = [(folder / name, old / name) for name in leaving] + [(new / name, folder / name) for name in coming]
+    moves = [(folder / name, old / name) for name in leaving]
+    moves += [(new / name, folder / name) for name in coming]
     begun = []
     try:
         for source, target in moves:
@@ -898,7 +910,7 @@ def _replacing(folder):
     """A new folder inside `folder`; what it holds replaces the earlier save when the block succeeds."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(f"{_PARTIAL}*"): shutil.rmtree(left, ignore_errors=True)     # of a process that was killed
+    for left in folder.glob(f"{_PARTIAL}*"): shutil.rmtree(left, ignore_errors=True)     # by a killed process
     try:
         with tempfile.TemporaryDirectory(prefix=_PARTIAL, dir=folder) as part:
             new, old = Path(part, "new"), Path(part, "old")
@@ -909,7 +921,8 @@ def _replacing(folder):
         for path in missing:
             with contextlib.suppress(OSError): path.rmdir()
         if getattr(error, "errno", None) not in DISK_FULL: raise
-        raise BackboneError(f"the disk of {folder} is full: make room and save again; what was saved there before is kept") from None
+        raise BackboneError(f"the disk of {folder} is full: make room and save again; "
+                            "the earlier files are kept") from None
 
 # %% ../nbs/api/04_backbones.ipynb #bac00059
 @patch
@@ -919,11 +932,13 @@ def save_pretrained(self: Backbone, folder, card=None, force=False):
     Parameters
     ----------
     folder : str or Path
-        Made if missing; a backbone saved there before is replaced once the new one is complete. ``~`` is the home folder.
+        Made if missing; a backbone saved there before is replaced once the new one is complete. ``~`` is the
+        home folder.
     card : dict of str to (str, dict or DataFrame), optional
         Sections of the model card: task, data and licence, scores of both probes, seeds.
     force : bool
-        Write also into a folder that holds files which act did not write. Those of the same name are replaced, the others kept.
+        Write also into a folder that holds files which act did not write. Those of the same name are
+        replaced, the others kept.
 
     Returns
     -------
@@ -933,36 +948,46 @@ def save_pretrained(self: Backbone, folder, card=None, force=False):
     Raises
     ------
     BackboneError
-        If the folder holds files that act did not write, cannot be written to, or the disk is full; it is left as it was.
+        If the folder holds files that act did not write or cannot be written to, or the disk is full; the
+        folder is left as it was.
         If the backbone has no name to build it by.
     """
     folder = check_save_folder(folder, force)
-    if not self.name: raise BackboneError(f"a {type(self).__name__} without a name could not be loaded again: build it by load_backbone, see register_backbone")
+    if not self.name:
+        raise BackboneError(f"a {type(self).__name__} without a name cannot be loaded again: "
+                            "register it, and build it by load_backbone")
     with _replacing(folder) as new:
         shared = _shared_tensors(self)
         (new / WEIGHTS).write_bytes(_weights(self, shared))
         (new / CARD).write_text(_model_card(self, card), encoding="utf-8", newline="\n")
         if hasattr(self, "assets"): self.assets(new / ASSETS)
         files = {name: file_digest(new / name) for name in _files_below(new)}
-        config = {"backbone": self.name, "options": self.options, "trainable": self.trainable, "sha256": files[WEIGHTS], "shared": shared, "files": files}
+        config = {"backbone": self.name, "options": self.options, "trainable": self.trainable,
+                  "sha256": files[WEIGHTS], "shared": shared, "files": files}
         (new / CONFIG).write_text(_as_json(config), encoding="utf-8")
     return folder
 
 
 def _as_json(config):
     try: return json.dumps(config, indent=1)
-    except TypeError as error: raise BackboneError(f"the options of {config['backbone']} cannot be kept in {CONFIG} ({error}): use numbers, texts, lists or dicts") from None
+    except TypeError as error:
+        raise BackboneError(f"the options of {config['backbone']} cannot be kept in {CONFIG} ({error}): "
+                            "use numbers, texts, lists or dicts") from None
 
 # %% ../nbs/api/04_backbones.ipynb #bac00059b
 def _saved_config(folder):
     """The configuration of a saved backbone, or an error that says what the folder holds instead."""
     try: config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError: config = None
-    except ValueError as error: raise BackboneError(f"{folder / CONFIG} is damaged ({error}): save the backbone again") from None
-    if isinstance(config, dict) and "model_type" in config: raise BackboneError(f"{folder} holds a model of the transformers library: write hf:{folder}")
+    except ValueError as error:
+        raise BackboneError(f"{folder / CONFIG} is damaged ({error}): save the backbone again") from None
+    if isinstance(config, dict) and "model_type" in config:
+        raise BackboneError(f"{folder} holds a model of the transformers library: write hf:{folder}")
     if config is None or not (folder / WEIGHTS).exists():
-        raise BackboneError(f"{folder} holds no saved backbone ({CONFIG} and {WEIGHTS}); pickles (.pt, .bin, .ckpt) are not read: save with save_pretrained")
-    if not _read_config(folder): raise BackboneError(f"{folder / CONFIG} was not written by act: save the backbone with save_pretrained")
+        raise BackboneError(f"{folder} holds no saved backbone ({CONFIG} and {WEIGHTS}); "
+                            "pickles (.pt, .bin, .ckpt) are not read: save with save_pretrained")
+    if not _read_config(folder):
+        raise BackboneError(f"{folder / CONFIG} was not written by act: save with save_pretrained")
     return config
 
 
@@ -972,17 +997,22 @@ def _built(folder, config, trainable):
     if (folder / ASSETS).is_dir(): name = re.sub("hf:.*", lambda _: f"hf:{folder / ASSETS}", name)
     try: _find_builder(name)
     except BackboneError:
-        raise BackboneError(f"{folder} was saved from {name}, which is not registered here: import what registers it, then load the folder") from None
+        raise BackboneError(f"{folder} was saved from {name}, which is not registered here: "
+                            "import what registers it, then load the folder") from None
     return load_backbone(name, pretrained=False, trainable=trainable, **config["options"])
 
 
 def _load_folder(folder, pretrained=True, trainable=None, options=()):
     """The backbone that `save_pretrained` wrote."""
     config = _saved_config(folder)
-    if options: raise BackboneError(f"{folder} was saved with the options {config['options']}: {', '.join(options)} cannot be changed any more")
+    if options:
+        raise BackboneError(f"{folder} was saved with the options {config['options']}: "
+                            f"{', '.join(options)} cannot be changed")
     weights = (folder / WEIGHTS).read_bytes()
-    if hashlib.sha256(weights).hexdigest() != config["sha256"]: raise BackboneError(f"{folder / WEIGHTS} is damaged: its SHA-256 differs from {CONFIG}; save it again")
-    backbone, shared = _built(folder, config, config["trainable"]), config.get("shared", {})
+    if hashlib.sha256(weights).hexdigest() != config["sha256"]:
+        raise BackboneError(f"{folder / WEIGHTS} is damaged, its SHA-256 differs from {CONFIG}: save again")
+    backbone = _built(folder, config, config["trainable"])
+    shared = config.get("shared", {})
     if pretrained:
         state = safetensors.torch.load(weights)
         _give_weights(backbone, state | {name: state[first] for name, first in shared.items()}, folder)
@@ -995,7 +1025,7 @@ def _give_weights(backbone, state, folder):
     try: backbone.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        raise BackboneError(f"the weights in {folder} do not fit the {backbone.name} of this version of act ({reason})") from None
+        raise BackboneError(f"the weights in {folder} do not fit {backbone.name} ({reason})") from None
 
 # %% ../nbs/api/04_backbones.ipynb #bac00062
 def _describe(name, seconds=10):
@@ -1008,8 +1038,9 @@ def _describe(name, seconds=10):
 @functools.cache
 def _description(name, builder):
     try: return {"name": name, **_describe(name)}
-    except Exception as error:      # a builder from elsewhere can fail in any way; the others are listed all the same
-        return {"name": name, "weights": f"cannot be built here: {type(error).__name__}: {' '.join(str(error).split())}"}
+    except Exception as error:      # a builder from elsewhere can fail in any way; the others are listed
+        reason = " ".join(str(error).split())
+        return {"name": name, "weights": f"cannot be built here: {type(error).__name__}: {reason}"}
 
 # %% ../nbs/api/04_backbones.ipynb #bac00063
 def list_backbones():
@@ -1022,4 +1053,5 @@ def list_backbones():
         Besides these there are `random:<name>` and `hf:<id or folder>`.
     """
     builders = _BUILDERS.load_installed()
-    return pd.DataFrame([_description(name, builders[name]) for name in builders if "(" not in name]).set_index("name")
+    rows = [_description(name, builder) for name, builder in builders.items() if "(" not in name]
+    return pd.DataFrame(rows).set_index("name")

@@ -28,7 +28,8 @@ INTERRUPTED = 130       # the exit status of a command that Ctrl-C ended
 def _home(value): return None if value is None else full_path(value)
 
 
-REMEDIES = {errno.EACCES: "use files and folders that you may read and write", errno.EROFS: "choose a folder that may be written to",
+REMEDIES = {errno.EACCES: "use files and folders that you may read and write",
+            errno.EROFS: "choose a folder that may be written to",
             **dict.fromkeys(DISK_FULL, "make room, or point ACT_CACHE to a larger disk")}
 
 
@@ -54,11 +55,10 @@ def _one_line(message, category, *place):
 
 
 def main():
-    """Run the command line; an error of the user or the system becomes one line on stderr and exit status 1,
-    an `ActWarning` one line on stderr."""
+    """Run the command line; an error of the user or the system is one line on stderr and status 1."""
     warnings.formatwarning = _one_line
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")      # where the terminal lacks a character
+    for stream in (sys.stdout, sys.stderr):      # not every terminal has all letters
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
     try: app()
     except ActError as e: _exit(e)
     except OSError as e: _exit(_system_message(e))
@@ -95,15 +95,16 @@ class _UniqueKeys(yaml.SafeLoader):
         node = super().compose_mapping_node(anchor)
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
         twice = [key for i, key in enumerate(keys) if key in keys[:i]]
-        if twice: raise yaml.composer.ComposerError(None, None, f"the key {twice[0]} occurs twice", node.start_mark)
-        return node
+        if not twice: return node
+        raise yaml.composer.ComposerError(None, None, f"the key {twice[0]} occurs twice", node.start_mark)
 
 
 def _profile_path(name):
     folder = paper_folder() / "profiles"
-    path = next((p for p in (folder / f"{name}.yaml", full_path(name)) if p.is_file()), None)
-    if path is None: raise ReproduceError(f"no profile {name!r}: choose one of {', '.join(sorted(p.stem for p in folder.glob('*.yaml')))}, or name a YAML file")
-    return path
+    for path in (folder / f"{name}.yaml", full_path(name)):
+        if path.is_file(): return path
+    known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
+    raise ReproduceError(f"no profile {name!r}: choose one of {known}, or name a YAML file")
 
 
 def read_profile(name):
@@ -127,8 +128,10 @@ def read_profile(name):
     from act.report import checked_profile
     path = _profile_path(name)
     try: profile = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
-    except yaml.YAMLError as e: raise ReproduceError(f"{path} is not YAML: {' '.join(str(e).split())}") from None
-    except UnicodeDecodeError as e: raise ReproduceError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start}): save it as UTF-8") from None
+    except yaml.YAMLError as e:
+        raise ReproduceError(f"{path} is not YAML: {' '.join(str(e).split())}") from None
+    except UnicodeDecodeError as e:
+        raise ReproduceError(f"{path} is not UTF-8 ({e.reason}, byte {e.start}): save it as UTF-8") from None
     if not isinstance(profile, dict): raise ReproduceError(f"{path}: a profile is a mapping of parameters")
     try: return {"profile": path.stem, **checked_profile(profile)}
     except ActError as e: raise ReproduceError(f"{path}: {e}") from None
@@ -166,12 +169,14 @@ def paper_notebooks(only=None):
 
 # %% ../nbs/api/12_cli.ipynb #cli00013b
 def _kernel_manager():
-    "A class that starts kernels of the Python that runs act, whichever kernels Jupyter finds on this machine."
+    "A class that starts kernels of the Python that runs act, whichever kernels Jupyter finds."
     from jupyter_client.kernelspec import KernelSpecManager
     from jupyter_client.manager import AsyncKernelManager
 
     class OwnKernelManager(AsyncKernelManager):
-        def __init__(self, **options): super().__init__(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]), **options)
+        def __init__(self, **options):
+            own = KernelSpecManager(kernel_dirs=[])      # with no folder to search, python3 is sys.executable
+            super().__init__(kernel_spec_manager=own, **options)
     return OwnKernelManager
 
 # %% ../nbs/api/12_cli.ipynb #cli00014
@@ -239,7 +244,8 @@ def _run_notebook(notebook, out, parameters):
     started = time.perf_counter()
     try:
         papermill.execute_notebook(str(notebook), str(executed), parameters=_own(notebook, parameters), cwd=str(notebook.parent), kernel_name="python3",
-                                   progress_bar=False, log_output=True, stdout_file=sys.stdout, config=Config(KERNELS), kernel_manager_class=_kernel_manager())
+                                   progress_bar=False, log_output=True, stdout_file=sys.stdout,
+                                   config=Config(KERNELS), kernel_manager_class=_kernel_manager())
     except papermill.PapermillExecutionError as e: return dict(status="failed", error=f"{e.ename}: {e.evalue}".split("\n")[0], seconds=time.perf_counter() - started)
     except Exception as e:                      # a kernel that died, a full disk: the other notebooks go on
         return dict(status="failed", error=f"{type(e).__name__}: {e}".split("\n")[0], seconds=time.perf_counter() - started)
@@ -316,7 +322,8 @@ def _line(name, o):
 def _about(out, profile, outcome):
     "What made the results, as Markdown: command, revisions, device, versions, times."
     from act.study import Store, code_digest
-    made = [r["provenance"] for r in Store(out / "runs").records() if r.get("code") == code_digest()]      # not those of earlier code, which no table uses
+    records = Store(out / "runs").records()
+    made = [r["provenance"] for r in records if r.get("code") == code_digest()]      # no table uses the others
     told = {k: sorted({json.dumps(p[k], sort_keys=True) if k == "packages" else str(p[k]) for p in made}) for k in ("revision", "device", "python", "packages")}
     lines = [f"- {k}: {', '.join(v)}" for k, v in told.items()] + [f"- {name}: {'failed' if o['status'] == 'failed' else 'made'} in {o['seconds']:.0f} s" for name, o in outcome.items()]
     return "\n".join([f"# Results of the profile {profile}", "", f"Made by `make reproduce PROFILE={profile}` from {len(made)} runs (`runs/`, one JSON file each); "
@@ -431,7 +438,7 @@ def _lasting(hours): return "unknown" if hours != hours else f"{max(1, 60 * hour
 def reproduce(profile: str = typer.Option("quick", help="quick, small, full, or a YAML file."),
               only: Optional[str] = typer.Option(None, help="Beginnings of names, such as table_2,figure_3."),
               seeds: Optional[int] = typer.Option(None, min=1, help="Instead of the profile's number of seeds."),
-              results: Optional[Path] = typer.Option(None, callback=_home, help="Where tables and figures go."),
+              results: Optional[Path] = typer.Option(None, callback=_home, help="Where the results go."),
               estimate: bool = typer.Option(False, help="Say what it costs in hours and disk, and do nothing.")):
     """Run the paper notebooks, by papermill.
 
@@ -451,7 +458,8 @@ def reproduce(profile: str = typer.Option("quick", help="quick, small, full, or 
 
 # %% ../nbs/api/12_cli.ipynb #cli00022
 @app.command("check-results")
-def check_results(folder: Path = typer.Argument(Path("results/small"), callback=_home, help="A results folder.")):
+def check_results(folder: Path = typer.Argument(Path("results/small"), callback=_home,
+                                                help="A results folder.")):
     """Derive the committed tables again from their run records.
 
     Example: act check-results results/small
@@ -468,17 +476,32 @@ SHORTEST = 4         # characters that are left of any text
 def _cut(text, length): return text if len(text) <= length else text[:length - 1] + "…"
 
 
+def _cell(value): return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _fitting(lengths, texts, width):
+    "Widths of the columns, of which the widest texts are narrowed until a line fits."
+    lengths = list(lengths)
+    while texts and sum(lengths) + 2 * (len(lengths) - 1) > width:
+        widest = max(texts, key=lengths.__getitem__)
+        if lengths[widest] <= SHORTEST: break
+        lengths[widest] -= 1
+    return lengths
+
+
 def _fitted(frame, width=TABLE_WIDTH):
-    "The table as text, the longest texts cut until a line fits; numbers and the first column, which holds the names, are kept."
+    "The table as text; numbers and the first column, which holds the names, are never cut."
     values = frame.convert_dtypes().astype(object)
-    cells = values.where(values.notna(), "").map(lambda v: f"{v:.3g}" if isinstance(v, float) else str(v))
+    cells = values.where(values.notna(), "").map(_cell)
     rows = [list(cells), *cells.values.tolist()]
-    lengths = [max(map(len, column)) for column in zip(*rows)]
     texts = [i for i, name in enumerate(frame) if i and frame[name].map(lambda v: isinstance(v, str)).any()]
-    while texts and sum(lengths) + 2 * (len(lengths) - 1) > width and max(lengths[i] for i in texts) > SHORTEST:
-        lengths[max(texts, key=lengths.__getitem__)] -= 1
-    aligned = ((_cut(v, n).ljust(n) if i == 0 or i in texts else v.rjust(n) for i, (v, n) in enumerate(zip(row, lengths))) for row in rows)
-    return "\n".join("  ".join(row).rstrip() for row in aligned)
+    lengths = _fitting([max(map(len, column)) for column in zip(*rows)], texts, width)
+    lines = []
+    for row in rows:
+        cut = [_cut(text, n) for text, n in zip(row, lengths)]
+        padded = [cut[i].ljust(n) if i in (0, *texts) else cut[i].rjust(n) for i, n in enumerate(lengths)]
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines)
 
 
 def _print(frame, as_json, columns=None):
@@ -498,14 +521,16 @@ AsJson = typer.Option(False, "--json", help="Machine-readable output.")
 def tasks(as_json: bool = AsJson):
     """List the tasks and whether their data is at hand."""
     from act.tasks import list_tasks
-    _print(list_tasks().reset_index(), as_json, ["task", "title", "labels", "classes", "clips", "profiles", "state"])
+    columns = ["task", "title", "labels", "classes", "clips", "profiles", "state"]
+    _print(list_tasks().reset_index(), as_json, columns)
 
 
 @app.command()
 def backbones(as_json: bool = AsJson):
     """List the encoders."""
     from act.backbones import list_backbones
-    _print(list_backbones().reset_index(), as_json, ["name", "rate", "dim", "parameters", "gflops_per_second", "licence"])
+    columns = ["name", "rate", "dim", "parameters", "gflops_per_second", "licence"]
+    _print(list_backbones().reset_index(), as_json, columns)
 
 
 @app.command()
@@ -519,13 +544,15 @@ def fetch(names: List[str] = typer.Argument(None, help="Entries of data_manifest
     Examples: act fetch fsdd asc40-mini;  act fetch --profile small --dry-run;  act fetch --list
     """
     from act.manifest import FetchError, fetch_many, list_entries, names_of
-    if listed: return _print(list_entries().reset_index(), as_json, ["entry", "kind", "title", "download", "unpacked", "licence", "state"])
+    columns = ["entry", "kind", "title", "download", "unpacked", "licence", "state"]
+    if listed: return _print(list_entries().reset_index(), as_json, columns)
     names = list(names or []) + (names_of(profile) if profile else [])
     if not names: raise ActError("name what to fetch, or give --profile; act fetch --list shows every entry")
     with _stdout_free(as_json): table = fetch_many(names, dry_run=dry_run, verify=verify)
     _print(table.reset_index(), as_json)
     failed = table.state[table.state.str.startswith("failed: ")]
-    if len(failed): raise FetchError(f"{len(failed)} of {len(table)} entries could not be fetched; " + "; ".join(f"{n}: {s.removeprefix('failed: ')}" for n, s in failed.items()))
+    reasons = "; ".join(f"{name}: {state.removeprefix('failed: ')}" for name, state in failed.items())
+    if reasons: raise FetchError(f"{len(failed)} of {len(table)} entries could not be fetched; {reasons}")
 
 # %% ../nbs/api/12_cli.ipynb #cli00026
 _SPELLINGS = {"train": "train training", "valid": "valid val validation dev",
@@ -655,14 +682,16 @@ def _dual(backbone, task):
 
 # %% ../nbs/api/12_cli.ipynb #cli00030
 @app.command()
-def tune(where: Path = typer.Argument(..., callback=_home, help="A folder with a sub-folder a class, a CSV of labels, or the name of a task."),
+def tune(where: Path = typer.Argument(..., callback=_home,
+                                      help="A folder with a sub-folder a class, a CSV of labels, or a task."),
          backbone: str = typer.Option("speech-embedding", help="See act backbones."),
          method: str = typer.Option("contrastive", help="contrastive, vanilla or lp-ft."),
          loss: Optional[str] = typer.Option(None, help="Such as supcon, jaccard, bce."),
          passes: int = typer.Option(12, min=1, help="Clip passes over the training clips."),
          lr: float = typer.Option(1e-3, help="Peak learning rate."), seed: int = typer.Option(0, min=0),
          out: Path = typer.Option(Path("tuned"), callback=_home, help="Where the tuned encoder goes."),
-         force: bool = typer.Option(False, help="Write also into a folder that holds files which act did not write."), as_json: bool = AsJson):
+         force: bool = typer.Option(False, help="Save also where there are files which act did not write."),
+         as_json: bool = AsJson):
     """Tune an encoder on your audio, probe it before and after, and save it with its card.
 
     Example: act tune my_audio/ --backbone speech-embedding --out my_encoder
@@ -678,8 +707,14 @@ def tune(where: Path = typer.Argument(..., callback=_home, help="A folder with a
         encoder = load_backbone(backbone)
         before, after = _before_and_after(encoder, task, config)
     encoder.save_pretrained(out, _card(task, config, before, after), force)
-    if as_json: return typer.echo(json.dumps(dict(saved=str(out), before=before.linear.metrics, after=after.linear.metrics, knn_before=before.knn.metrics, knn_after=after.knn.metrics)))
-    typer.echo(f"before\n\n{before._repr_markdown_()}\n\nafter {method} tuning\n\n{after._repr_markdown_()}\n\nThe tuned encoder and its card (README.md) are in {out}; in Python: act.load_backbone({str(out)!r})")
+    if as_json:
+        scores = dict(before=before.linear.metrics, after=after.linear.metrics,
+                      knn_before=before.knn.metrics, knn_after=after.knn.metrics)
+        return typer.echo(json.dumps(dict(saved=str(out), **scores)))
+    typer.echo(f"before\n\n{before._repr_markdown_()}\n")
+    typer.echo(f"after {method} tuning\n\n{after._repr_markdown_()}\n")
+    typer.echo(f"The tuned encoder and its card (README.md) are in {out}; "
+               f"in Python: act.load_backbone({str(out)!r})")
 
 
 def _before_and_after(encoder, task, config):
@@ -692,8 +727,11 @@ def _before_and_after(encoder, task, config):
 def _card(task, config, before, after):
     "What the model card says of the task, the scores and the run."
     from act.study import provenance
-    return {"Task": dict(name=task.name, clips=len(task), classes=task.n_classes, licence=task.licence), "Before tuning": before._repr_markdown_(),
-            "After tuning": after._repr_markdown_(), "Tuning": {k: str(v) for k, v in vars(config).items()}, "Environment": provenance()}
+    return {"Task": dict(name=task.name, clips=len(task), classes=task.n_classes, licence=task.licence),
+            "Before tuning": before._repr_markdown_(),
+            "After tuning": after._repr_markdown_(),
+            "Tuning": {name: str(value) for name, value in vars(config).items()},
+            "Environment": provenance()}
 
 # %% ../nbs/api/12_cli.ipynb #cli00032
 study_app = typer.Typer(help="Look into a folder of run records.", no_args_is_help=True)
@@ -701,18 +739,21 @@ app.add_typer(study_app, name="study")
 
 
 @study_app.command()
-def status(folder: Path = typer.Argument(..., callback=_home, help="A folder of run records, such as results/quick/runs."), as_json: bool = AsJson):
+def status(folder: Path = typer.Argument(..., callback=_home,
+                                         help="A folder of run records, such as results/quick/runs."),
+           as_json: bool = AsJson):
     """How many runs are done, what failed and why.
 
     Example: act study status results/quick/runs
     """
     from act.study import Store, StudyError
     if not folder.is_dir(): raise StudyError(f"{folder} is not a folder of run records")
-    runs = folder / "runs" if (folder / "runs").is_dir() else folder            # the folder of a profile is as good
+    runs = folder / "runs" if (folder / "runs").is_dir() else folder      # that of a profile holds them too
     frame = Store(runs).frame()
     if as_json: return typer.echo(frame.to_json(orient="records"))
     for row in frame.itertuples(): typer.echo(f"{row.status:7} {row.seconds or 0:7.0f} s  {row.task} {row.backbone} {row.method} seed {row.seed} {row.options}")
-    typer.echo(", ".join(f"{n} {s}" for s, n in frame.status.value_counts().items()) if len(frame) else f"no run records in {runs}")
+    if not len(frame): return typer.echo(f"no run records in {runs}")
+    typer.echo(", ".join(f"{n} {s}" for s, n in frame.status.value_counts().items()))
 
 # %% ../nbs/api/12_cli.ipynb #cli00034
 MINIMUM_FREE = 8e9      # bytes, for the environment and the small data
@@ -720,7 +761,8 @@ MINIMUM_FREE = 8e9      # bytes, for the environment and the small data
 
 def _check_python():
     import platform
-    return (3, 10) <= sys.version_info[:2] <= (3, 13), platform.python_version(), "use Python 3.10 to 3.13: make env PYTHON=python3.12"
+    supported = (3, 10) <= sys.version_info[:2] <= (3, 13)
+    return supported, platform.python_version(), "use Python 3.10 to 3.13: make env PYTHON=python3.12"
 
 
 def _check_torch():
@@ -730,15 +772,18 @@ def _check_torch():
 
 def _check_gpu():
     import torch
-    return True, torch.cuda.get_device_name() if torch.cuda.is_available() else "none; everything runs on the CPU, the full profile slowly", ""
+    if torch.cuda.is_available(): return True, torch.cuda.get_device_name(), ""
+    return True, "none; everything runs on the CPU, the full profile slowly", ""
 
 
 def _check_cache():
     from act.core import cache_dir
     folder = cache_dir()
-    if not os.access(folder, os.W_OK): return False, f"{folder} can be read only", "set ACT_CACHE to a folder you may write to"
+    if not os.access(folder, os.W_OK):
+        return False, f"{folder} may only be read", "to keep results, set ACT_CACHE to a folder you may write to"
     free = shutil.disk_usage(folder).free
-    return free > MINIMUM_FREE, f"{folder}, {free / BYTES_PER_GB:.0f} GB free", f"free at least {MINIMUM_FREE / BYTES_PER_GB:.0f} GB, or set ACT_CACHE to a folder on a larger disk"
+    remedy = f"free {MINIMUM_FREE / BYTES_PER_GB:.0f} GB, or set ACT_CACHE to a folder on a larger disk"
+    return free > MINIMUM_FREE, f"{folder}, {free / BYTES_PER_GB:.0f} GB free", remedy
 
 
 def _check_mirror():
@@ -756,8 +801,8 @@ def _check_jobs():
     return True, f"{default_jobs()} at once", ""
 
 
-CHECKS = {"Python": _check_python, "torch, torchaudio": _check_torch, "GPU": _check_gpu, "cache": _check_cache, "mirror": _check_mirror,
-          "manifest": _check_manifest, "runs": _check_jobs}
+CHECKS = {"Python": _check_python, "torch, torchaudio": _check_torch, "GPU": _check_gpu,
+          "cache": _check_cache, "mirror": _check_mirror, "manifest": _check_manifest, "runs": _check_jobs}
 
 
 def _checked(name):
@@ -773,6 +818,8 @@ def doctor(as_json: bool = AsJson):
     """Check Python, torch, GPU, cache, disk, mirror, manifest and number of jobs, and say what to do."""
     rows = [_checked(name) for name in CHECKS]
     if as_json: typer.echo(json.dumps(rows))
-    else:
-        for row in rows: typer.echo(f"{'ok  ' if row['ok'] else 'FAIL'} {row['check']}: {'; '.join(filter(None, (row['found'], row['remedy'])))}")
-    if not all(row["ok"] for row in rows): raise ActError("; ".join(row["remedy"] for row in rows if not row["ok"]))
+    for row in rows if not as_json else ():
+        said = "; ".join(filter(None, (row["found"], row["remedy"])))
+        typer.echo(f"{'ok  ' if row['ok'] else 'FAIL'} {row['check']}: {said}")
+    wrong = [row["remedy"] for row in rows if not row["ok"]]
+    if wrong: raise ActError("; ".join(wrong))

@@ -105,7 +105,7 @@ def sound_address(x, rate):
 def picture_address(x, rate):
     """The mel spectrogram of a waveform (T,) at `rate` Hz, 60 dB deep, low frequencies below, as the address of a PNG."""
     hop = max(1, len(x) // PICTURE["frames"])
-    x = F.pad(x, (0, max(0, _WINDOW // 2 + 1 - len(x))))      # the first frame mirrors half a window, so it needs more than that
+    x = F.pad(x, (0, max(0, _WINDOW // 2 + 1 - len(x))))      # the first frame mirrors half a window
     mel = MelSpectrogram(rate, n_fft=_WINDOW, hop_length=hop, n_mels=PICTURE["bins"])(x)
     decibels = 10 * (mel.flip(0) / mel.max().clamp(min=1e-12)).clamp(min=1e-12).log10()
     grey = (255 * (1 + decibels / PICTURE["decibels"]).clamp(0, 1)).byte().numpy()
@@ -138,7 +138,8 @@ def explorer_data(task, embeddings, title=None, k=NEIGHBOURS, seed=0):
     Raises
     ------
     ExplorerError
-        If there is no embedding, one has not a row for each clip or holds NaN, or there are fewer than two clips or dimensions.
+        If there is no embedding, if one has not a row for each clip or holds NaN, or if there are fewer than
+        two clips or dimensions.
     """
     _fits(task, embeddings)
     k = min(k, len(task) - 1)
@@ -156,8 +157,13 @@ def _fits(task, embeddings):
     if len(task) < 2: raise ExplorerError(f"a map needs two clips or more, {task.name} has {len(task)}")
     for name, z in embeddings.items():
         if len(z) != len(task): raise ExplorerError(f"embeddings {name!r} have {len(z)} rows for the {len(task)} clips of {task.name}: embed the same clips")
-        if np.ndim(z) != 2 or np.shape(z)[1] < 2: raise ExplorerError(f"embeddings {name!r} have shape {np.shape(z)}: a map needs (N, D) with two dimensions or more")
-        if not np.isfinite(np.asarray(z)).all(): raise ExplorerError(f"embeddings {name!r} hold NaN or infinity: look at the log of tuning, and lower lr if its loss grew")
+        shape = np.shape(z)
+        if len(shape) != 2 or shape[1] < 2:
+            raise ExplorerError(f"embeddings {name!r} have shape {shape}: "
+                                "a map needs (N, D) with two dimensions or more")
+        if not np.isfinite(np.asarray(z)).all():
+            raise ExplorerError(f"embeddings {name!r} hold NaN or infinity: look at the log of tuning, "
+                                "and lower lr if its loss grew")
 
 
 def _maps(embeddings, seed):
@@ -365,7 +371,9 @@ render({{model: {{get: name => known[name], set: (name, value) => {{ known[name]
 
 
 def _page(data):
-    return _PAGE.format(title=html.escape(f"{data['title']}: embedding explorer"), style=_STYLE, script=_SCRIPT, data=json.dumps(data).replace("<", "\\u003c"))
+    title = html.escape(f"{data['title']}: embedding explorer")
+    content = json.dumps(data).replace("<", "\\u003c")      # no name of a class can end the script
+    return _PAGE.format(title=title, style=_STYLE, script=_SCRIPT, data=content)
 
 # %% ../nbs/api/13_explorer.ipynb #exp00033
 class Explorer(anywidget.AnyWidget):
@@ -404,7 +412,8 @@ class Explorer(anywidget.AnyWidget):
             If `path` is a folder.
         """
         path = full_path(path)
-        if path.is_dir(): raise ExplorerError(f"{path} is a folder: name a file, such as {path / 'explorer.html'}")
+        if path.is_dir():
+            raise ExplorerError(f"{path} is a folder: name a file, such as {path / 'explorer.html'}")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, _page(self.data))
         return path
@@ -438,7 +447,9 @@ def _tuning_states(backbone, task, config, progress):
 def _some(task, clips, seed):
     """At most `clips` test clips, drawn without regard to their class."""
     rows = task.indices("test")
-    if min(len(rows), clips) < 2: raise ExplorerError(f"{task.name} has {len(rows)} test clips, of which clips={clips} are to be shown: a map needs two or more")
+    if min(len(rows), clips) < 2:
+        raise ExplorerError(f"{task.name} has {len(rows)} test clips, of which clips={clips} are to be "
+                            "shown: a map needs two or more")
     return task.subset(np.sort(np.random.default_rng(seed).permutation(rows)[:clips]))
 
 # %% ../nbs/api/13_explorer.ipynb #exp00037

@@ -45,7 +45,8 @@ def _manifest_path():
 @functools.lru_cache(maxsize=8)
 def _parse(path, mtime):
     try: entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as e: raise ManifestError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise ManifestError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
     if not isinstance(entries, dict): raise ManifestError(f"{path} must map names to entries; it holds {type(entries).__name__}")
     for name, entry in entries.items():
         if not isinstance(entry, dict): raise ManifestError(f"{path}: entry {name!r} is not a mapping")
@@ -153,7 +154,8 @@ def _locked():
     if not path.exists(): return {}
     try: digests = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError): digests = None
-    if not isinstance(digests, dict): raise ManifestError(f"{path} is damaged: delete it; fetching writes it again")
+    if not isinstance(digests, dict):
+        raise ManifestError(f"{path} is damaged: delete it; fetching writes it again")
     return digests
 
 def _record(name, digest):
@@ -433,8 +435,8 @@ def fetch(name):
     if not _is_fetched(folder, name, entry):
         with _lock(name):
             if not _is_fetched(folder, name, entry): _install(name, entry, folder)
-    if _expected(name, entry) is None and os.access(cache_dir(), os.W_OK):          # fetched for another checkout, which has the lock
-        _record(name, file_digest(folder/LISTING))
+    unlocked = _expected(name, entry) is None      # fetched for another checkout, which has the lock file
+    if unlocked and os.access(cache_dir(), os.W_OK): _record(name, file_digest(folder/LISTING))
     return folder
 
 def _is_fetched(folder, name, entry):

@@ -67,7 +67,8 @@ def _refuse(key, value, wanted): raise ReportError(f"{key}: {value!r} is not {wa
 
 
 def _text(key, value):
-    return value if isinstance(value, str) and value.strip() else _refuse(key, value, "a text; put it into quotes if it is meant as one")
+    if isinstance(value, str) and value.strip(): return value
+    _refuse(key, value, "a text; put it into quotes if it is meant as one")
 
 
 def _flag(key, value): return value if isinstance(value, bool) else _refuse(key, value, "true or false")
@@ -113,49 +114,61 @@ def _mapping(key_check, check, key, value):
 
 _names = partial(_list, _text)
 
-# %% ../nbs/api/11_report.ipynb #rep00006d
-def _snr(key, value):
-    low_high = _list(_number, key, value)
-    return tuple(low_high) if len(low_high) == 2 else _refuse(key, value, "a pair of numbers, such as [10, 40]")
-
-
-def _augment(key, value):
-    if value is None: return None
-    if not isinstance(value, dict): _refuse(key, value, "null or a mapping, such as {gain: 6, shift: 0.1}")
-    checks = {f.name: _snr if f.type is tuple else _number for f in fields(Augment)}
-    return {name: checks[_known(name, checks, f"option in {key}")](f"{key}.{name}", v) for name, v in value.items()}
-
-
-_CHECKS = {str: _text, int: _integer, float: _number, bool: _flag, Augment: _augment}
-_FIELDS = {f.name: f for f in fields(TuneConfig) if f.name not in ("method", "seed")}
-
 
 def _known(name, known, what):
     if name not in known: raise ReportError(f"unknown {what}: {name!r}, {_near(str(name), known)}")
     return name
 
 
-def _option(key, name, value):
-    field = _FIELDS[_known(name, _FIELDS, f"option in {key}")]
-    if value is None and field.default is None: return None
-    check = next((_CHECKS[t] for t in (get_args(field.type) or [field.type]) if t in _CHECKS), lambda key, value: value)
-    return check(f"{key}.{name}", value)
+def _checked(checks, key, values):
+    "Each value by the check of its name."
+    for name in values: _known(name, checks, f"option in {key}")
+    return {name: checks[name](f"{key}.{name}", value) for name, value in values.items()}
+
+# %% ../nbs/api/11_report.ipynb #rep00006d
+def _snr(key, value):
+    pair = _list(_number, key, value)
+    return tuple(pair) if len(pair) == 2 else _refuse(key, value, "a pair of numbers, such as [10, 40]")
+
+
+def _augment(key, value):
+    if value is None: return None
+    if not isinstance(value, dict): _refuse(key, value, "null or a mapping, such as {gain: 6, shift: 0.1}")
+    checks = {f.name: _snr if f.type is tuple else _number for f in fields(Augment)}
+    return _checked(checks, key, value)
+
+
+_CHECKS = {str: _text, int: _integer, float: _number, bool: _flag, Augment: _augment}
+def _field_check(field):
+    "What a value of this field must be; a field that has None by default may be None."
+    kinds = get_args(field.type) or [field.type]
+    check = next(_CHECKS[kind] for kind in kinds if kind in _CHECKS)
+    return lambda key, value: None if value is None and field.default is None else check(key, value)
+
+
+_OPTION_CHECKS = {f.name: _field_check(f) for f in fields(TuneConfig) if f.name not in ("method", "seed")}
 
 
 def _options(key, value):
     "Options of a run, with which a `TuneConfig` can be made."
-    if not isinstance(value, dict): _refuse(key, value, "a mapping of options, such as {lr: 0.001, passes: 8}")
-    options = {name: _option(key, name, v) for name, v in value.items()}
-    try: TuneConfig(**{name: v for name, v in options.items() if name != "loss"})      # which losses there are depends on the method
+    if not isinstance(value, dict): _refuse(key, value, "a mapping, such as {lr: 0.001, passes: 8}")
+    options = _checked(_OPTION_CHECKS, key, value)
+    of_any_method = {name: v for name, v in options.items() if name != "loss"}
+    try: TuneConfig(**of_any_method)
     except ActError as e: raise ReportError(f"{key}: {e}") from None
     return options
 
 
+def _is_by_row(value):
+    "Whether trials are given by task, encoder or family, and not as the options of one trial."
+    if not isinstance(value, dict) or set(value) & set(_OPTION_CHECKS): return False
+    return all(isinstance(v, (list, dict)) for v in value.values())
+
+
 def _trials(key, value):
-    "A list of options; or, by task, encoder or family, a mapping of such lists."
-    by_row = isinstance(value, dict) and not set(value) & set(_FIELDS) and all(isinstance(v, (list, dict)) for v in value.values())
+    "A list of options, or a mapping of such lists."
     lists = partial(_list, _options)
-    return _mapping(_text, lists, key, value) if by_row else lists(key, value)
+    return _mapping(_text, lists, key, value) if _is_by_row(value) else lists(key, value)
 
 # %% ../nbs/api/11_report.ipynb #rep00006e
 _COMMON_CHECKS = dict(profile=_folder_name, results=_path, seeds=_count, jobs=_jobs)
@@ -163,7 +176,8 @@ _SECTION_CHECKS = dict(
     table_1=dict(tasks=_names, words=_names, fetch=_flag),
     table_2=dict(tasks=_names, backbones=_names, tune=partial(_mapping, _text, _names), trials=_trials),
     table_3=dict(tasks=_names, backbones=_names, methods=_names, trials=_trials),
-    table_4=dict(task=_text, backbone=_text, base=_options, changes=partial(_list, _options), labels=partial(_mapping, _count, _count)),
+    table_4=dict(task=_text, backbone=_text, base=_options, changes=partial(_list, _options),
+                 labels=partial(_mapping, _count, _count)),
     figure_1=dict(backbone=_text, classes=_count),
     figure_2=dict(families=partial(_mapping, _text, _names), backbone=_text, methods=_names, trials=_trials),
     figure_3=dict(task=_text, backbone=_text, trials=_trials, shown=_count),
@@ -173,11 +187,10 @@ _SECTION_CHECKS = dict(
 def _checked_section(section, options):
     if options is None: return {}
     if not isinstance(options, dict): _refuse(section, options, "a mapping of options")
-    checks = _SECTION_CHECKS[section]
-    checked = {name: checks[_known(name, checks, f"option in {section}")](f"{section}.{name}", v) for name, v in options.items()}
+    checked = _checked(_SECTION_CHECKS[section], section, options)
     for task, encoders in checked.get("tune", {}).items():
         _known(task, checked.get("tasks", ()), f"task in {section}.tune")
-        for encoder in encoders: _known(encoder, checked.get("backbones", ()), f"encoder in {section}.tune.{task}")
+        for encoder in encoders: _known(encoder, checked.get("backbones", ()), f"encoder in {section}.tune")
     return checked
 
 
@@ -192,7 +205,8 @@ def checked_profile(profile):
     Returns
     -------
     dict
-        The same, with numbers written as text turned into numbers, single names into lists of one, and ``~`` into the home folder.
+        The same, with numbers written as text turned into numbers, single names into lists of one, and ``~``
+        into the home folder.
 
     Raises
     ------
@@ -200,7 +214,8 @@ def checked_profile(profile):
         Naming the first key that is unknown or has a value of another type.
     """
     check_names(profile)
-    return {name: _checked_section(name, value) if name in SECTIONS else _COMMON_CHECKS[name](name, value) for name, value in profile.items()}
+    checks = {**_COMMON_CHECKS, **dict.fromkeys(SECTIONS, _checked_section)}
+    return {name: checks[name](name, value) for name, value in profile.items()}
 
 # %% ../nbs/api/11_report.ipynb #rep00006h
 def parameters(section, defaults, namespace):
@@ -653,7 +668,8 @@ def _rows_of_index(index):
     try:
         rows = json.loads(index.read_text(encoding="utf-8"))
         return [(task, backbone, method, list(keys)) for task, backbone, method, keys in rows]
-    except (ValueError, TypeError) as error: raise ReportError(f"{index} is not a list of records ({error}); run act reproduce again") from None
+    except (ValueError, TypeError) as error:
+        raise ReportError(f"{index} is not a list of records ({error}); run act reproduce again") from None
 
 
 def printed(name, long):
@@ -733,7 +749,8 @@ def save_figure(name, folder, figure, alt):
     folder.mkdir(parents=True, exist_ok=True)
     for kind, dated in (("svg", "Date"), ("pdf", "CreationDate")):
         drawn = io.BytesIO()
-        with plt.rc_context({"svg.hashsalt": name}): figure.savefig(drawn, format=kind, metadata={dated: None, "Title": alt})
+        metadata = {dated: None, "Title": alt}
+        with plt.rc_context({"svg.hashsalt": name}): figure.savefig(drawn, format=kind, metadata=metadata)
         write_atomic(folder / f"{name}.{kind}", drawn.getvalue())
     plt.close(figure)
     return HTML(picture(folder / f"{name}.svg", alt))

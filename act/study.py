@@ -195,10 +195,10 @@ def read_record(path):
         If the file holds no run record; the message names it.
     """
     try: record = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as e: raise StudyError(f"{path} is not a record ({e}); delete it to run it again") from None
-    lacking = [k for k in ("key", "run", "status") if k not in record] if isinstance(record, dict) else ["key"]
-    if lacking: raise StudyError(f"{path} is not a run record, as it has no {' and no '.join(lacking)}; delete it, or move it elsewhere")
-    return record
+    except ValueError as e:
+        raise StudyError(f"{path} is not a record ({e}); delete it to run it again") from None
+    if isinstance(record, dict) and {"key", "run", "status"} <= set(record): return record
+    raise StudyError(f"{path} is not a run record; delete it, or move it elsewhere")
 
 
 _RECORD_NAME = re.compile(r"[0-9a-f]{24}\.json")
@@ -415,8 +415,8 @@ def default_jobs():
     Returns
     -------
     int
-        ``ACT_JOBS``, if it is set to a number. Otherwise 1 on a GPU, and on a CPU the number of cores that this process may use:
-        a batch queue, a container or ``taskset`` may allow fewer than the machine has.
+        ``ACT_JOBS``, if it is set to a number. Otherwise 1 on a GPU, and on a CPU the number of cores that
+        this process may use: a batch queue, a container or ``taskset`` may allow fewer than the machine has.
 
     Raises
     ------
@@ -425,7 +425,8 @@ def default_jobs():
     """
     wanted = os.environ.get("ACT_JOBS", "").strip()
     if wanted in ("", "auto"): return 1 if torch.cuda.is_available() else joblib.cpu_count()
-    if not wanted.isdecimal() or int(wanted) < 1: raise StudyError(f"ACT_JOBS={wanted}: set it to a whole number from 1 up, or to auto")
+    if not wanted.isdecimal() or int(wanted) < 1:
+        raise StudyError(f"ACT_JOBS={wanted}: set it to a whole number from 1 up, or to auto")
     return int(wanted)
 
 
