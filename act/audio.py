@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SUFFIXES', 'FFMPEG_SUFFIXES', 'MIN_RATE', 'MAX_RATE', 'MAX_PER_BYTE', 'BLOCK', 'WIDTH', 'ROLLOFF', 'MIX_LEVEL',
            'CHUNK', 'SHORT', 'AudioError', 'decodable', 'resample', 'read_audio', 'audio_info', 'check_audio',
-           'fit_length', 'collate', 'Clip', 'Mixture', 'WaveCache']
+           'collate', 'Clip', 'Mixture', 'WaveCache']
 
 # %% ../nbs/api/01_audio.ipynb #aud00003
 import contextlib, functools, hashlib, itertools, json, math, os, shlex, sys, time, zlib
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import filelock
+import joblib
 import numpy as np
 import soundfile as sf
 import torch
@@ -23,7 +24,7 @@ from scipy.signal import resample_poly
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from .core import ActError, cache_path, code_of, identity, replacing, versions, write_atomic
+from .core import ActError, cache_path, code_of, full_path, identity, replacing, versions, write_atomic
 
 # %% ../nbs/api/01_audio.ipynb #aud00006
 SUFFIXES = frozenset(                  # what libsndfile reads
@@ -168,7 +169,7 @@ def _from_container(av, path, end):
 # %% ../nbs/api/01_audio.ipynb #aud00007
 def _decode(path, start, seconds):
     """The samples of a stretch of a file, and its rate."""
-    path = Path(path).expanduser()
+    path = full_path(path)
     by = _by_ffmpeg if path.suffix.lower() in FFMPEG_SUFFIXES else _by_libsndfile
     with _named(path): x, rate = by(path, start, seconds)
     if not len(x): raise AudioError(f"{path}: holds no samples at {start:g} s; replace or remove it")
@@ -279,7 +280,7 @@ def audio_info(path):
 
 def _info(path):
     """Rate and duration of a file, and whether its samples are floats."""
-    path = Path(path).expanduser()
+    path = full_path(path)
     floats = False
     with _named(path):
         stat = path.stat()
@@ -327,37 +328,6 @@ def check_audio(path):
     return rate, duration
 
 # %% ../nbs/api/01_audio.ipynb #aud00020
-def fit_length(x, samples, how="pad", generator=None):
-    """Crop a longer waveform, extend a shorter one.
-
-    Parameters
-    ----------
-    x : Tensor (T,)
-        A waveform.
-    samples : int
-        The wanted length.
-    how : {"crop", "pad", "loop"}
-        What to do with a shorter one: leave it, pad it with zeros on both sides, or repeat it.
-    generator : torch.Generator, optional
-        Draws the place of the crop or of the waveform within its padding; centred without.
-
-    Returns
-    -------
-    Tensor (samples,)
-        Or (T,) if T < samples and `how` is "crop".
-
-    Raises
-    ------
-    ValueError
-        If `how` is none of the three.
-    """
-    if how not in ("crop", "pad", "loop"): raise ValueError(f"how={how!r}: choose crop, pad or loop")
-    if how == "loop": x = x.repeat(math.ceil(samples / len(x)))
-    spare = abs(len(x) - samples)
-    at = spare // 2 if generator is None else int(torch.randint(spare + 1, (), generator=generator))
-    if len(x) > samples: return x[at:at + samples]
-    return torch.nn.functional.pad(x, (at, spare - at)) if how == "pad" else x
-
 def collate(waveforms):
     """Stack waveforms of different lengths.
 
@@ -469,7 +439,7 @@ SHORT = 1e-3            # seconds; clips that load faster spend their time in Py
 def _workers(clips, rate):
     """One thread per core, or one alone for clips that load at once or one after the other."""
     if not all(getattr(c, "threadsafe", False) for c in clips): return 1
-    return os.cpu_count() if min((_seconds(c, rate) for c in clips[:4]), default=0) > SHORT else 1
+    return joblib.cpu_count() if min((_seconds(c, rate) for c in clips[:4]), default=0) > SHORT else 1
 
 def _seconds(clip, rate):
     started = time.perf_counter()
@@ -589,12 +559,30 @@ class WaveCache:
 
     def __len__(self): return len(self._ends)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i): return self.stretch(i, 0, int(self.lengths[i]))
+
+    def stretch(self, i, start, samples):
+        """Up to so many samples of clip `i` from `start` on, (T,); nothing else is read."""
         end = self._ends[i]
-        return torch.from_numpy(np.array(self._data[end - int(self.lengths[i]):end]))
+        first = end - int(self.lengths[i]) + start
+        return torch.from_numpy(np.array(self._data[first:min(end, first + samples)]))
 
     def __reduce__(self): return WaveCache, (self.path,)
 
-    def batch(self, indices):
-        """The clips of these indices as (x (B, T), lengths (B,))."""
-        return collate([self[int(i)] for i in indices])
+    def batch(self, indices, starts=None, samples=None):
+        """The clips of these indices as (x (B, T), lengths (B,)).
+
+        Parameters
+        ----------
+        indices : array (B,)
+            Which clips.
+        starts, samples : array (B,), optional
+            A stretch of each, instead of all of it: where it begins, and how long it is at most.
+
+        Returns
+        -------
+        x : Tensor (B, T)
+        lengths : LongTensor (B,)
+        """
+        if starts is None: return collate([self[int(i)] for i in indices])
+        return collate([self.stretch(int(i), int(s), int(n)) for i, s, n in zip(indices, starts, samples)])

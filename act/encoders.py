@@ -45,11 +45,18 @@ class MelSpectrogram(nn.Module):
         self.register_buffer("window", window, persistent=False)
         self.register_buffer("filters", filters, persistent=False)
 
+    def _apply(self, fn, recurse=True):
+        exact = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            setattr(self, name, buffer.to(getattr(self, name).device))       # follows to a device, not to a precision
+        return self
+
     def counts(self, lengths):
         """Frames of clips with `lengths` samples."""
         return 1 + (lengths if self.centered else lengths - len(self.window)) // self.hop
 
-    def forward(self, x):                                                    # (B, T) -> (B, F, M)
+    def forward(self, x):                                                    # (B, T) -> (B, F, M), float32
         with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             spectrum = torch.stft(x.float(), len(self.window), self.hop, window=self.window, center=self.centered,
                                   pad_mode="constant", return_complex=True)  # (B, N // 2 + 1, F)
@@ -84,7 +91,7 @@ def _initialised(*layers):
 # %% ../nbs/api/04a_encoders.ipynb #enc00013
 class _FlooredLeakyReLU(nn.Module):
     """max(leaky_relu(x, 0.2), -0.4), overwriting x."""
-    def forward(self, x): return F.leaky_relu(F.hardtanh_(x, -2., 3e38), .2, inplace=True)
+    def forward(self, x): return F.leaky_relu(F.hardtanh_(x, -2., torch.finfo(x.dtype).max), .2, inplace=True)
 
 # %% ../nbs/api/04a_encoders.ipynb #enc00016
 class _Shift(nn.Module):
@@ -287,7 +294,8 @@ class GE2ENetwork(nn.Module):
         self.lstm, self.linear = nn.LSTM(40, 256, 3, batch_first=True), nn.Linear(256, 256)
 
     def forward(self, mels, counts):
-        states, _ = self.lstm(mels)
+        with torch.autocast("cpu" if mels.is_meta else mels.device.type, enabled=False):     # few CPUs have LSTMs in half precision
+            states, _ = self.lstm(mels)
         return F.normalize(self.linear(states[torch.arange(len(mels), device=mels.device), counts - 1]).relu(), dim=1)
 
 

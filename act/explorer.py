@@ -7,7 +7,7 @@ __all__ = ['PERPLEXITY', 'NEIGHBOURS', 'PICTURE', 'ExplorerError', 'unit_rows', 
            'picture_address', 'explorer_data', 'Explorer', 'explore']
 
 # %% ../nbs/api/13_explorer.ipynb #exp00003
-import base64, html, io, json, os
+import base64, html, io, json
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,15 +15,16 @@ import anywidget
 import numpy as np
 import soundfile
 import torch
+import torch.nn.functional as F
 import traitlets
 from matplotlib import colormaps
 from PIL import Image
 from sklearn.manifold import TSNE
 from torchaudio.transforms import MelSpectrogram
 
+from .core import ActError, full_path, write_atomic
 from .embeddings import embed
 from .geometry import project, purity
-from .manifest import ActError
 from .tuning import TuneConfig, batches, tune
 
 # %% ../nbs/api/13_explorer.ipynb #exp00007
@@ -88,6 +89,7 @@ def similar_clips(z, k=NEIGHBOURS):
 
 # %% ../nbs/api/13_explorer.ipynb #exp00013
 PICTURE = dict(bins=64, frames=96, decibels=60.)
+_WINDOW = 1024      # samples of a frame of the picture
 
 
 def _address(data, kind): return f"data:{kind};base64,{base64.b64encode(data).decode()}"
@@ -102,7 +104,9 @@ def sound_address(x, rate):
 
 def picture_address(x, rate):
     """The mel spectrogram of a waveform (T,) at `rate` Hz, 60 dB deep, low frequencies below, as the address of a PNG."""
-    mel = MelSpectrogram(rate, n_fft=1024, hop_length=max(1, len(x) // PICTURE["frames"]), n_mels=PICTURE["bins"])(x)
+    hop = max(1, len(x) // PICTURE["frames"])
+    x = F.pad(x, (0, max(0, _WINDOW // 2 + 1 - len(x))))      # the first frame mirrors half a window, so it needs more than that
+    mel = MelSpectrogram(rate, n_fft=_WINDOW, hop_length=hop, n_mels=PICTURE["bins"])(x)
     decibels = 10 * (mel.flip(0) / mel.max().clamp(min=1e-12)).clamp(min=1e-12).log10()
     grey = (255 * (1 + decibels / PICTURE["decibels"]).clamp(0, 1)).byte().numpy()
     image, out = Image.fromarray(grey, "L").convert("P"), io.BytesIO()
@@ -134,7 +138,7 @@ def explorer_data(task, embeddings, title=None, k=NEIGHBOURS, seed=0):
     Raises
     ------
     ExplorerError
-        If there is no embedding, or one has not a row for each clip.
+        If there is no embedding, one has not a row for each clip or holds NaN, or there are fewer than two clips or dimensions.
     """
     _fits(task, embeddings)
     k = min(k, len(task) - 1)
@@ -149,8 +153,11 @@ def explorer_data(task, embeddings, title=None, k=NEIGHBOURS, seed=0):
 
 def _fits(task, embeddings):
     if not embeddings: raise ExplorerError("no embeddings: give one (N, D) array for each state, such as dict(frozen=..., tuned=...)")
+    if len(task) < 2: raise ExplorerError(f"a map needs two clips or more, {task.name} has {len(task)}")
     for name, z in embeddings.items():
         if len(z) != len(task): raise ExplorerError(f"embeddings {name!r} have {len(z)} rows for the {len(task)} clips of {task.name}: embed the same clips")
+        if np.ndim(z) != 2 or np.shape(z)[1] < 2: raise ExplorerError(f"embeddings {name!r} have shape {np.shape(z)}: a map needs (N, D) with two dimensions or more")
+        if not np.isfinite(np.asarray(z)).all(): raise ExplorerError(f"embeddings {name!r} hold NaN or infinity: look at the log of tuning, and lower lr if its loss grew")
 
 
 def _maps(embeddings, seed):
@@ -358,7 +365,7 @@ render({{model: {{get: name => known[name], set: (name, value) => {{ known[name]
 
 
 def _page(data):
-    return _PAGE.format(title=html.escape(f"{data['title']}: embedding explorer"), style=_STYLE, script=_SCRIPT, data=json.dumps(data).replace("</", "<\\/"))
+    return _PAGE.format(title=html.escape(f"{data['title']}: embedding explorer"), style=_STYLE, script=_SCRIPT, data=json.dumps(data).replace("<", "\\u003c"))
 
 # %% ../nbs/api/13_explorer.ipynb #exp00033
 class Explorer(anywidget.AnyWidget):
@@ -379,12 +386,27 @@ class Explorer(anywidget.AnyWidget):
     selected = traitlets.Int(-1).tag(sync=True)
 
     def save(self, path):
-        """Write the page: one HTML file that needs no server and no other file; returns its Path."""
-        path = Path(path)
+        """Write the page, whole or not at all: one HTML file that needs no server and no other file.
+
+        Parameters
+        ----------
+        path : str or Path
+            Its folder is made if missing; ``~`` is the home folder.
+
+        Returns
+        -------
+        Path
+            The file.
+
+        Raises
+        ------
+        ExplorerError
+            If `path` is a folder.
+        """
+        path = full_path(path)
+        if path.is_dir(): raise ExplorerError(f"{path} is a folder: name a file, such as {path / 'explorer.html'}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(_page(self.data), encoding="utf-8")
-        os.replace(temporary, path)
+        write_atomic(path, _page(self.data))
         return path
 
     def _repr_mimebundle_(self, **options):
@@ -416,6 +438,7 @@ def _tuning_states(backbone, task, config, progress):
 def _some(task, clips, seed):
     """At most `clips` test clips, drawn without regard to their class."""
     rows = task.indices("test")
+    if min(len(rows), clips) < 2: raise ExplorerError(f"{task.name} has {len(rows)} test clips, of which clips={clips} are to be shown: a map needs two or more")
     return task.subset(np.sort(np.random.default_rng(seed).permutation(rows)[:clips]))
 
 # %% ../nbs/api/13_explorer.ipynb #exp00037
@@ -431,17 +454,24 @@ def explore(backbone, task, config=TuneConfig(), clips=200, progress=True):
     config : TuneConfig
         Method, loss, budget.
     clips : int
-        Test clips to show, at most; each adds about 10 kB to the page.
+        Test clips to show, at most; two or more, each adds about 10 kB to the page.
     progress : bool
         Show the bar of tuning.
 
     Returns
     -------
     Explorer
+
+    Raises
+    ------
+    ExplorerError
+        Before anything is tuned, if there are fewer than two clips to show.
     """
-    shown, states = _some(task, clips, config.seed), _tuning_states(backbone, task, config, progress)
+    shown = _some(task, clips, config.seed)
+    states = _tuning_states(backbone, task, config, progress)
     embeddings = {}
     for name, weights in states.items():
         backbone.load_state_dict(weights)
-        embeddings[name] = np.array(embed(backbone, shown, progress=False))
+        z = embed(backbone, shown, progress=False, max_seconds=config.max_seconds)
+        embeddings[name] = np.array(z)
     return Explorer(data=explorer_data(shown, embeddings, f"{task.name}, {backbone.name}, {config.method} tuning"))

@@ -45,10 +45,11 @@ def _manifest_path():
 @functools.lru_cache(maxsize=8)
 def _parse(path, mtime):
     try: entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as e: raise ManifestError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e: raise ManifestError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
     if not isinstance(entries, dict): raise ManifestError(f"{path} must map names to entries; it holds {type(entries).__name__}")
     for name, entry in entries.items():
-        lacking = [k for k in ("kind", "title", "licence", "content", "sources") if k not in (entry or {})]
+        if not isinstance(entry, dict): raise ManifestError(f"{path}: entry {name!r} is not a mapping")
+        lacking = [k for k in ("kind", "title", "licence", "content", "sources") if k not in entry]
         if lacking: raise ManifestError(f"{path}: entry {name!r} lacks {', '.join(lacking)}")
     return entries
 
@@ -147,7 +148,13 @@ def _lock_path():
     folder = _manifest_path().resolve().parent
     return (cache_dir() if (folder/"manifest.py").exists() else folder)/LOCK
 
-def _locked(): return yaml.safe_load(_lock_path().read_text(encoding="utf-8")) or {} if _lock_path().exists() else {}
+def _locked():
+    path = _lock_path()
+    if not path.exists(): return {}
+    try: digests = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError): digests = None
+    if not isinstance(digests, dict): raise ManifestError(f"{path} is damaged: delete it; fetching writes it again")
+    return digests
 
 def _record(name, digest):
     """Lock the digest that the first fetch of `name` saw."""
@@ -426,7 +433,8 @@ def fetch(name):
     if not _is_fetched(folder, name, entry):
         with _lock(name):
             if not _is_fetched(folder, name, entry): _install(name, entry, folder)
-    if _expected(name, entry) is None: _record(name, file_digest(folder/LISTING))   # fetched for another checkout, which has the lock
+    if _expected(name, entry) is None and os.access(cache_dir(), os.W_OK):          # fetched for another checkout, which has the lock
+        _record(name, file_digest(folder/LISTING))
     return folder
 
 def _is_fetched(folder, name, entry):

@@ -6,17 +6,20 @@
 __all__ = ['COMMON', 'SECTIONS', 'CONFIDENCE', 'PROBES', 'TABLE_2', 'TABLE_3', 'FIGURE_2', 'TABLE_4', 'TABLE_4_LABELS',
            'FIGURE_3', 'CHOOSING', 'CHOSEN_PROTOCOL', 'UNDER_TEST', 'PAIRED_COLUMNS', 'SEPARATION', 'PAIRED_PROTOCOL',
            'COLOURS', 'PALETTE', 'LISTENING_RATE', 'ROW_COLUMNS', 'READS', 'FEWEST_RUNS', 'OWN_FORMS', 'LIES',
-           'REPORTED_COLUMNS', 'ReportError', 'check_names', 'parameters', 'mean_interval', 'long_table', 'wide_table',
-           'chosen_table', 'not_measured', 'geometry_table', 'geometry_text', 'protocol', 'paired_table',
-           'geometry_pairs', 'paired_text', 'write_text', 'save_table', 'derived_tables', 'recorded', 'printed',
-           'differing_files', 'save_figure', 'picture', 'alternative_text', 'listen', 'difference', 'judged',
+           'REPORTED_COLUMNS', 'ReportError', 'check_names', 'checked_profile', 'parameters', 'mean_interval',
+           'long_table', 'wide_table', 'chosen_table', 'not_measured', 'geometry_table', 'geometry_text', 'protocol',
+           'paired_table', 'geometry_pairs', 'paired_text', 'write_text', 'save_table', 'derived_tables', 'recorded',
+           'printed', 'differing_files', 'save_figure', 'picture', 'alternative_text', 'listen', 'difference', 'judged',
            'findings', 'slope', 'class_gains', 'claim_rows', 'verdict', 'class_slopes', 'rank_correlation',
            'probe_geometry', 'claims', 'claims_text', 'verdict_sentences', 'reported', 'with_reported']
 
 # %% ../nbs/api/11_report.ipynb #rep00003
-import base64, difflib, html, io, json, os, re
+import base64, difflib, html, io, json, math, re
+from dataclasses import fields
+from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import get_args
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -24,9 +27,10 @@ import pandas as pd
 from IPython.display import HTML, Audio
 from scipy import stats
 
-from .manifest import ActError
+from .core import ActError, full_path, write_atomic
 from .probes import Comparison, paired_bootstrap
-from .study import OTHERS
+from .study import OTHERS, read_record
+from .tuning import Augment, TuneConfig
 
 # %% ../nbs/api/11_report.ipynb #rep00006
 COMMON = dict(profile="quick", results="../../results", seeds=2, jobs=None)
@@ -58,7 +62,147 @@ def check_names(names):
     for name in names:
         if name not in (*COMMON, *SECTIONS): raise ReportError(f"unknown parameter {name!r}: {_near(name, (*COMMON, *SECTIONS))}")
 
+# %% ../nbs/api/11_report.ipynb #rep00006b
+def _refuse(key, value, wanted): raise ReportError(f"{key}: {value!r} is not {wanted}")
 
+
+def _text(key, value):
+    return value if isinstance(value, str) and value.strip() else _refuse(key, value, "a text; put it into quotes if it is meant as one")
+
+
+def _flag(key, value): return value if isinstance(value, bool) else _refuse(key, value, "true or false")
+
+
+def _number(key, value):
+    try: number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError): number = math.nan
+    return number if math.isfinite(number) else _refuse(key, value, "a number, such as 0.001")
+
+
+def _integer(key, value):
+    number = _number(key, value)
+    return int(number) if number.is_integer() else _refuse(key, value, "a whole number")
+
+
+def _count(key, value):
+    number = _integer(key, value)
+    return number if number > 0 else _refuse(key, value, "a whole number from 1 up")
+
+
+def _jobs(key, value): return None if value in (None, "auto") else _count(key, value)
+
+
+def _folder_name(key, value):
+    name = _text(key, value)
+    return name if Path(name).name == name else _refuse(key, value, "the name of a folder")
+
+
+def _path(key, value): return str(full_path(_text(key, value)))
+
+
+def _list(check, key, value):
+    "A list of what `check` lets through; a single value is a list of one."
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [check(f"{key}[{i}]" if values is value else key, v) for i, v in enumerate(values)]
+
+
+def _mapping(key_check, check, key, value):
+    if not isinstance(value, dict): _refuse(key, value, "a mapping of names to values")
+    return {key_check(f"a key of {key}", k): check(f"{key}.{k}", v) for k, v in value.items()}
+
+
+_names = partial(_list, _text)
+
+# %% ../nbs/api/11_report.ipynb #rep00006d
+def _snr(key, value):
+    low_high = _list(_number, key, value)
+    return tuple(low_high) if len(low_high) == 2 else _refuse(key, value, "a pair of numbers, such as [10, 40]")
+
+
+def _augment(key, value):
+    if value is None: return None
+    if not isinstance(value, dict): _refuse(key, value, "null or a mapping, such as {gain: 6, shift: 0.1}")
+    checks = {f.name: _snr if f.type is tuple else _number for f in fields(Augment)}
+    return {name: checks[_known(name, checks, f"option in {key}")](f"{key}.{name}", v) for name, v in value.items()}
+
+
+_CHECKS = {str: _text, int: _integer, float: _number, bool: _flag, Augment: _augment}
+_FIELDS = {f.name: f for f in fields(TuneConfig) if f.name not in ("method", "seed")}
+
+
+def _known(name, known, what):
+    if name not in known: raise ReportError(f"unknown {what}: {name!r}, {_near(str(name), known)}")
+    return name
+
+
+def _option(key, name, value):
+    field = _FIELDS[_known(name, _FIELDS, f"option in {key}")]
+    if value is None and field.default is None: return None
+    check = next((_CHECKS[t] for t in (get_args(field.type) or [field.type]) if t in _CHECKS), lambda key, value: value)
+    return check(f"{key}.{name}", value)
+
+
+def _options(key, value):
+    "Options of a run, with which a `TuneConfig` can be made."
+    if not isinstance(value, dict): _refuse(key, value, "a mapping of options, such as {lr: 0.001, passes: 8}")
+    options = {name: _option(key, name, v) for name, v in value.items()}
+    try: TuneConfig(**{name: v for name, v in options.items() if name != "loss"})      # which losses there are depends on the method
+    except ActError as e: raise ReportError(f"{key}: {e}") from None
+    return options
+
+
+def _trials(key, value):
+    "A list of options; or, by task, encoder or family, a mapping of such lists."
+    by_row = isinstance(value, dict) and not set(value) & set(_FIELDS) and all(isinstance(v, (list, dict)) for v in value.values())
+    lists = partial(_list, _options)
+    return _mapping(_text, lists, key, value) if by_row else lists(key, value)
+
+# %% ../nbs/api/11_report.ipynb #rep00006e
+_COMMON_CHECKS = dict(profile=_folder_name, results=_path, seeds=_count, jobs=_jobs)
+_SECTION_CHECKS = dict(
+    table_1=dict(tasks=_names, words=_names, fetch=_flag),
+    table_2=dict(tasks=_names, backbones=_names, tune=partial(_mapping, _text, _names), trials=_trials),
+    table_3=dict(tasks=_names, backbones=_names, methods=_names, trials=_trials),
+    table_4=dict(task=_text, backbone=_text, base=_options, changes=partial(_list, _options), labels=partial(_mapping, _count, _count)),
+    figure_1=dict(backbone=_text, classes=_count),
+    figure_2=dict(families=partial(_mapping, _text, _names), backbone=_text, methods=_names, trials=_trials),
+    figure_3=dict(task=_text, backbone=_text, trials=_trials, shown=_count),
+    claims={})
+
+
+def _checked_section(section, options):
+    if options is None: return {}
+    if not isinstance(options, dict): _refuse(section, options, "a mapping of options")
+    checks = _SECTION_CHECKS[section]
+    checked = {name: checks[_known(name, checks, f"option in {section}")](f"{section}.{name}", v) for name, v in options.items()}
+    for task, encoders in checked.get("tune", {}).items():
+        _known(task, checked.get("tasks", ()), f"task in {section}.tune")
+        for encoder in encoders: _known(encoder, checked.get("backbones", ()), f"encoder in {section}.tune.{task}")
+    return checked
+
+
+def checked_profile(profile):
+    """A profile whose names are known and whose values are of the right type.
+
+    Parameters
+    ----------
+    profile : dict
+        Common parameters and sections, as read from YAML.
+
+    Returns
+    -------
+    dict
+        The same, with numbers written as text turned into numbers, single names into lists of one, and ``~`` into the home folder.
+
+    Raises
+    ------
+    ReportError
+        Naming the first key that is unknown or has a value of another type.
+    """
+    check_names(profile)
+    return {name: _checked_section(name, value) if name in SECTIONS else _COMMON_CHECKS[name](name, value) for name, value in profile.items()}
+
+# %% ../nbs/api/11_report.ipynb #rep00006h
 def parameters(section, defaults, namespace):
     """The checked parameters of a paper notebook.
 
@@ -79,12 +223,12 @@ def parameters(section, defaults, namespace):
     Raises
     ------
     ReportError
-        If a name is neither, with the nearest known one.
+        If a name is neither, with the nearest known one, or a value is of another type.
     """
     given = {k: v for k, v in namespace.items() if not k.startswith("_") and not k.isupper() and k not in ("In", "Out")
              and isinstance(v, (int, float, str, bool, list, tuple, dict, type(None)))}
-    check_names(given)
-    options = given.get(section) or {}
+    given = checked_profile(given)
+    options = given.get(section, {})
     for name in options:
         if name not in defaults: raise ReportError(f"unknown option {name!r} in {section}: {_near(name, defaults)}")
     return {**COMMON, **{k: v for k, v in given.items() if k in COMMON}, **defaults, **options}
@@ -397,12 +541,10 @@ def _span(low, high): return f"{100 * low:+.1f} to {100 * high:+.1f}"
 
 # %% ../nbs/api/11_report.ipynb #rep00027
 def write_text(path, text):
-    """Write a text file whole or not at all, making its folder."""
-    path = Path(path)
+    """Write a text file whole or not at all, making its folder; returns its Path."""
+    path = full_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(temporary, path)
+    write_atomic(path, text)
     return path
 
 
@@ -493,16 +635,25 @@ def recorded(folder):
     dict of str to dict
         Name of a table to comparisons, as `long_table` takes them.
     """
-    return {path.name.removesuffix(".records.json"): _looked_up(path, Path(folder, "runs")) for path in sorted(Path(folder).glob("*.records.json"))}
+    folder = full_path(folder)
+    indices = [path for path in sorted(folder.glob("*.records.json")) if not path.name.startswith(".")]
+    return {path.name.removesuffix(".records.json"): _looked_up(path, folder / "runs") for path in indices}
 
 
 def _looked_up(index, runs):
     comparisons = {}
-    for task, backbone, method, keys in json.loads(index.read_text(encoding="utf-8")):
+    for task, backbone, method, keys in _rows_of_index(index):
         missing = [k for k in keys if not (runs / f"{k}.json").exists()]
         if missing: raise ReportError(f"{index}: {runs} has no record {missing[0]}")
-        comparisons.setdefault((task, backbone), {})[method] = [json.loads((runs / f"{k}.json").read_text(encoding="utf-8")) for k in keys]
+        comparisons.setdefault((task, backbone), {})[method] = [read_record(runs / f"{k}.json") for k in keys]
     return comparisons
+
+
+def _rows_of_index(index):
+    try:
+        rows = json.loads(index.read_text(encoding="utf-8"))
+        return [(task, backbone, method, list(keys)) for task, backbone, method, keys in rows]
+    except (ValueError, TypeError) as error: raise ReportError(f"{index} is not a list of records ({error}); run act reproduce again") from None
 
 
 def printed(name, long):
@@ -578,11 +729,14 @@ def save_figure(name, folder, figure, alt):
     IPython.display.HTML
         The picture with its alternative text.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with plt.rc_context({"svg.hashsalt": name}):
-        for kind, dated in (("svg", "Date"), ("pdf", "CreationDate")): figure.savefig(Path(folder, f"{name}.{kind}"), metadata={dated: None, "Title": alt})
+    folder = full_path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind, dated in (("svg", "Date"), ("pdf", "CreationDate")):
+        drawn = io.BytesIO()
+        with plt.rc_context({"svg.hashsalt": name}): figure.savefig(drawn, format=kind, metadata={dated: None, "Title": alt})
+        write_atomic(folder / f"{name}.{kind}", drawn.getvalue())
     plt.close(figure)
-    return HTML(picture(Path(folder, f"{name}.svg"), alt))
+    return HTML(picture(folder / f"{name}.svg", alt))
 
 
 def picture(path, alt):

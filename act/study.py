@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FROZEN', 'PACKAGES', 'OUTSIDE', 'SINGLE_LABEL', 'MULTI_LABEL', 'OTHERS', 'FORWARD_SHARE', 'SAMPLED', 'StudyError',
-           'Run', 'code_digest', 'run_identity', 'run_key', 'Store', 'provenance', 'execute', 'run_embedding',
-           'default_jobs', 'execute_all', 'validation_score', 'trial_runs', 'compare', 'trials_for', 'PlannedRow',
-           'planned_rows', 'planned_runs', 'task_hours', 'workload', 'audio_speed', 'estimate']
+           'Run', 'code_digest', 'run_identity', 'run_key', 'read_record', 'Store', 'provenance', 'execute',
+           'run_embedding', 'default_jobs', 'execute_all', 'validation_score', 'trial_runs', 'compare', 'trials_for',
+           'PlannedRow', 'planned_rows', 'planned_runs', 'task_hours', 'workload', 'audio_speed', 'estimate']
 
 # %% ../nbs/api/10_study.ipynb #stu00003
 import errno
@@ -177,13 +177,40 @@ def _as_text(record):
     return re.sub(r"\[\n\s*[^][{}]+?\n\s*\]", lambda found: re.sub(r"\n\s*", "", found[0]), text) + "\n"
 
 
+def read_record(path):
+    """A run record.
+
+    Parameters
+    ----------
+    path : path
+        Its file.
+
+    Returns
+    -------
+    dict
+
+    Raises
+    ------
+    StudyError
+        If the file holds no run record; the message names it.
+    """
+    try: record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as e: raise StudyError(f"{path} is not a record ({e}); delete it to run it again") from None
+    lacking = [k for k in ("key", "run", "status") if k not in record] if isinstance(record, dict) else ["key"]
+    if lacking: raise StudyError(f"{path} is not a run record, as it has no {' and no '.join(lacking)}; delete it, or move it elsewhere")
+    return record
+
+
+_RECORD_NAME = re.compile(r"[0-9a-f]{24}\.json")
+
+
 class Store:
     """Records of finished and failed runs.
 
     Parameters
     ----------
     folder : path
-        Made when the first record is written.
+        Made when the first record is written; ``~`` is the home folder.
     """
     def __init__(self, folder): self.folder = full_path(folder)
 
@@ -195,8 +222,7 @@ class Store:
         """The finished record of a run, or None; `key` spares computing it again."""
         path = self.path(key or run_key(run))
         if not path.exists(): return None
-        try: record = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as e: raise StudyError(f"{path} is not a record ({e}); delete it to run it again") from None
+        record = read_record(path)
         return record if record.get("status") == "done" else None
 
     def put(self, record):
@@ -205,8 +231,8 @@ class Store:
         except ActError as e: raise StudyError(f"{e}; the finished records are kept") from None
 
     def records(self):
-        """Every record, in the order of its key."""
-        return [json.loads(p.read_text(encoding="utf-8")) for p in sorted(self.folder.glob("*.json"))]
+        """Every record, in the order of its key; files with other names are passed over."""
+        return [read_record(p) for p in sorted(self.folder.glob("*.json")) if _RECORD_NAME.fullmatch(p.name)]
 
     def frame(self):
         """One row a record: the run's fields, its status and its scores."""
@@ -277,7 +303,8 @@ def _tuned_embedding(run, task, folder, progress):
         log = tune(backbone, task, run.config, folder=folder, progress=progress).log
         losses = log.groupby("epoch").loss.mean().round(6).tolist()
     _require_room(4 * len(task) * backbone.dim)
-    return embed(backbone, task, progress=False), losses
+    max_seconds = None if run.config is None else run.config.max_seconds
+    return embed(backbone, task, progress=False, max_seconds=max_seconds), losses
 
 
 def _geometry(z, labels):
@@ -298,7 +325,7 @@ def _execute(run, work, progress=False):
 
 # %% ../nbs/api/10_study.ipynb #stu00024
 OUTSIDE = {      # faults that are not the run's own: how their messages read, and what to do
-    r"allocate memory|out of memory|MemoryError|bad_alloc": "out of memory: lower batch, set micro_batch, or do fewer runs at once (ACT_JOBS=1)",
+    r"allocate memory|out of memory|MemoryError|bad_alloc": "out of memory: lower batch, max_samples or max_seconds, or do fewer runs at once (ACT_JOBS=1)",
     "|".join(re.escape(os.strerror(e)) for e in DISK_FULL): "the disk is full: make room, or point ACT_CACHE to a larger one"}
 
 
@@ -383,9 +410,23 @@ def run_embedding(run, store):
 
 # %% ../nbs/api/10_study.ipynb #stu00030
 def default_jobs():
-    """Processes for a grid: one a core on a CPU, one on a GPU (env ``ACT_JOBS`` overrides)."""
-    if os.environ.get("ACT_JOBS"): return int(os.environ["ACT_JOBS"])
-    return 1 if torch.cuda.is_available() else os.cpu_count()
+    """Processes for a grid.
+
+    Returns
+    -------
+    int
+        ``ACT_JOBS``, if it is set to a number. Otherwise 1 on a GPU, and on a CPU the number of cores that this process may use:
+        a batch queue, a container or ``taskset`` may allow fewer than the machine has.
+
+    Raises
+    ------
+    StudyError
+        If ``ACT_JOBS`` is neither a number from 1 up nor ``auto``.
+    """
+    wanted = os.environ.get("ACT_JOBS", "").strip()
+    if wanted in ("", "auto"): return 1 if torch.cuda.is_available() else joblib.cpu_count()
+    if not wanted.isdecimal() or int(wanted) < 1: raise StudyError(f"ACT_JOBS={wanted}: set it to a whole number from 1 up, or to auto")
+    return int(wanted)
 
 
 def _prepare(runs):

@@ -1,11 +1,14 @@
 """Backbones: parity with independent references, independence of neighbours and padding, saving, partial tuning, errors."""
+import errno
 import importlib.util
+import itertools
 import json
 import os
 import runpy
 import shutil
 import subprocess
 import sys
+import tempfile
 import types
 import zipfile
 from pathlib import Path
@@ -20,7 +23,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
-from act.backbones import (_TORCHAUDIO, Backbone, BackboneError, SpeechTransformer, list_backbones, load_backbone, register_backbone, set_trainable)
+from act.backbones import (_BUILDERS, _TORCHAUDIO, Backbone, BackboneError, SpeechTransformer, list_backbones, load_backbone, register_backbone, set_trainable)
 from act.encoders import (aisfx_mel, musicnn_mel, read_aisfx_network, read_ge2e_network, read_music_vgg, read_musicnn,
                           read_speech_network, speech_decibels, speech_mel)
 from act.manifest import FetchError, manifest_entry, weight_file
@@ -404,12 +407,229 @@ def test_a_folder_is_whole_or_refused(tmp_path):
     with pytest.raises(BackboneError, match="pickles"): load_backbone(folder)
 
 
-def test_a_failed_save_leaves_no_loadable_folder(tmp_path, monkeypatch):
+def scores(backbone): return backbone(*clips(backbone.rate, (.5,)))
+
+
+def fail_with(error):
+    """A function that raises instead of doing its work."""
+    def fail(*arguments, **options): raise error
+    return fail
+
+
+FULL_DISK = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+FAULTS = {      # what fails while a backbone is saved, and how
+    "full disk": ("pathlib.Path.write_bytes", FULL_DISK, BackboneError), "full disk at the card": ("pathlib.Path.write_text", FULL_DISK, BackboneError),
+    "interrupt": ("safetensors.torch.save", KeyboardInterrupt(), KeyboardInterrupt), "out of memory": ("safetensors.torch.save", MemoryError(), MemoryError),
+    "a table in the card": ("act.backbones._as_markdown", TypeError("not a table"), TypeError)}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_failed_save_keeps_the_earlier_one(fault, tmp_path, monkeypatch):
+    folder = load_backbone("random:ge2e").save_pretrained(tmp_path / "saved")
+    before = files(tmp_path)
+    place, error, raised = FAULTS[fault]
+    with monkeypatch.context() as m:
+        m.setattr(place, fail_with(error))
+        with pytest.raises(raised): load_backbone("random:ge2e", seed=1).save_pretrained(folder)
+        with pytest.raises(raised): load_backbone("random:ge2e", seed=1).save_pretrained(tmp_path / "new" / "folder")
+    assert files(tmp_path) == before and [p.name for p in tmp_path.iterdir()] == ["saved"]
+    assert torch.equal(scores(load_backbone(folder)), scores(load_backbone("random:ge2e")))
+
+
+def files(folder):
+    """{name: content} of everything below a folder, hidden files too."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("failing", range(1, 7))
+def test_a_move_that_fails_undoes_the_others(failing, tmp_path, monkeypatch):
+    folder = load_backbone("random:ge2e").save_pretrained(tmp_path / "saved")
+    before, calls, replace = files(folder), itertools.count(1), os.replace
+
+    def move(source, target):
+        if next(calls) == failing: raise PermissionError(errno.EACCES, "locked by another program")
+        replace(source, target)
+
+    with monkeypatch.context() as m:
+        m.setattr(os, "replace", move)
+        with pytest.raises(PermissionError): load_backbone("random:ge2e", seed=1).save_pretrained(folder)
+    assert files(folder) == before
+
+
+def test_what_a_killed_save_left_is_cleared(tmp_path):
+    folder = load_backbone("random:ge2e").save_pretrained(tmp_path / "saved")
+    (folder / ".act-save-killed" / "new").mkdir(parents=True)
+    (folder / ".act-save-killed" / "new" / "model.safetensors").write_bytes(b"half")
+    load_backbone("random:ge2e", seed=1).save_pretrained(folder)
+    assert sorted(files(folder)) == ["README.md", "config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("mine", ["README.md", "config.json", "model.safetensors", "notes.txt", "assets/logo.png", "src/a/b.py"])
+def test_files_of_others_are_kept(mine, tmp_path):
     backbone = load_backbone("random:ge2e")
-    backbone.save_pretrained(tmp_path / "saved")
-    monkeypatch.setattr("safetensors.torch.save", lambda tensors: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError): backbone.save_pretrained(tmp_path / "saved")
-    with pytest.raises(BackboneError): load_backbone(tmp_path / "saved")
+    (tmp_path / mine).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / mine).write_text("{}")
+    with pytest.raises(BackboneError, match=f"did not write, such as {mine}: .*force=True"): backbone.save_pretrained(tmp_path)
+    assert files(tmp_path) == {mine: b"{}"}
+    backbone.save_pretrained(tmp_path, force=True)
+    assert torch.equal(scores(load_backbone(tmp_path)), scores(backbone))
+    assert mine in ("README.md", "config.json", "model.safetensors") or (tmp_path / mine).read_text() == "{}"
+
+
+def test_an_edited_card_is_kept_and_hidden_files_do_not_count(tmp_path):
+    backbone = load_backbone("random:ge2e")
+    folder = backbone.save_pretrained(tmp_path / "saved")
+    for hidden in (".git/config", ".DS_Store", "._README.md"):
+        (folder / hidden).parent.mkdir(exist_ok=True)
+        (folder / hidden).write_text("")
+    backbone.save_pretrained(folder)
+    (folder / "model.safetensors").write_bytes(b"damaged")              # to be saved again, as its error says
+    backbone.save_pretrained(folder)
+    (folder / "README.md").write_text("# three weeks of notes")
+    with pytest.raises(BackboneError, match="such as README.md"): backbone.save_pretrained(folder)
+    assert (folder / ".git/config").exists() and "weeks" in (folder / "README.md").read_text()
+
+
+def test_a_folder_saved_by_an_earlier_version_is_loaded_and_replaced(tmp_path):
+    backbone = load_backbone("random:ge2e")
+    folder = backbone.save_pretrained(tmp_path / "saved")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: config[k] for k in ("backbone", "options", "trainable", "sha256")}))
+    assert torch.equal(scores(load_backbone(folder)), scores(backbone))
+    backbone.save_pretrained(folder)
+
+
+def test_places_that_cannot_be_saved_in(tmp_path):
+    backbone = load_backbone("random:ge2e")
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(BackboneError, match="is a file: choose another folder"): backbone.save_pretrained(folder)
+
+
+AS_ANOTHER = """
+import os, sys
+from act.backbones import BackboneError, check_save_folder
+os.setuid(65534)
+for folder in sys.argv[1:]:
+    try: check_save_folder(folder)
+    except BackboneError as e: print(e)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="needs root to become another user")
+def test_a_folder_of_somebody_else_is_refused_before_anything_is_computed():
+    with tempfile.TemporaryDirectory() as place:
+        Path(place).chmod(0o755)
+        folders = [place, f"{place}/new", f"{place}/new/folder"]
+        done = subprocess.run([sys.executable, "-c", AS_ANOTHER, *folders], capture_output=True, text=True)
+    assert done.stdout == 3 * f"{place} may not be written to: choose another folder to save in\n", done
+
+
+def test_home_is_meant_by_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert load_backbone("random:ge2e").save_pretrained("~/mine") == tmp_path / "home" / "mine"
+    assert load_backbone("~/mine").dim == 256 and load_backbone(Path("~/mine")).dim == 256
+    assert [p.name for p in tmp_path.iterdir()] == ["home"]
+
+
+def test_a_folder_of_the_current_one_and_a_link(tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    backbone = load_backbone("random:ge2e")
+    backbone.save_pretrained(tmp_path / "link")
+    monkeypatch.chdir(tmp_path / "real")
+    backbone.save_pretrained(".")                                         # saved there before
+    assert (tmp_path / "link").is_symlink() and load_backbone(".").dim == load_backbone(tmp_path / "link").dim == 256
+
+
+class Tied(Backbone):
+    """Two matrices that are one, and two that overlap in memory."""
+    rate, dim, licence, source = 8000, 4, "MIT", "here"
+
+    def __init__(self, tied=True):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(80, 4), torch.nn.Linear(80, 4)
+        if tied: self.second.weight = self.first.weight
+        self.register_buffer("row", self.first.weight.detach()[0])
+
+    def frames(self, x, lengths):
+        x = x.unfold(1, 80, 80)
+        return self.first(x) + 2 * self.second(x) + self.row.sum(), lengths // 80
+
+
+@pytest.mark.parametrize("by_builder", [True, False])
+def test_shared_weights_are_shared_again(by_builder, tmp_path):
+    register_backbone("tied")(lambda pretrained=True: Tied(by_builder))
+    tied = load_backbone("tied")
+    tied.second.weight = tied.first.weight                                # by the builder, or after it
+    again = load_backbone(tied.save_pretrained(tmp_path))
+    assert again.second.weight is again.first.weight and again.second.bias is not again.first.bias
+    assert torch.equal(scores(again), scores(tied))
+    with torch.no_grad(): again.first.weight.add_(1)
+    assert torch.equal(load_backbone(again.save_pretrained(tmp_path)).second.weight, again.first.weight)
+    assert len(list(again.parameters())) == 3
+
+
+def test_a_saved_random_hugging_face_model_loads(hub, tmp_path):
+    folder = load_backbone(f"random:hf:{hub / 'wav2vec2'}", seed=3).save_pretrained(tmp_path / "saved")
+    assert sorted(files(folder)) == ["README.md", "assets/config.json", "assets/preprocessor_config.json", "config.json", "model.safetensors"]
+    assert torch.equal(scores(load_backbone(folder)), scores(load_backbone(f"random:hf:{hub / 'wav2vec2'}", seed=3)))
+    load_backbone("random:ge2e").save_pretrained(folder)                  # the assets of the earlier one go with it
+    assert sorted(files(folder)) == ["README.md", "config.json", "model.safetensors"] and load_backbone(folder).dim == 256
+
+
+def test_random_weights_are_not_those_of_the_folder(tmp_path):
+    tuned = load_backbone("random:ge2e")
+    with torch.no_grad(): tuned.net.linear.bias.add_(1)
+    folder = tuned.save_pretrained(tmp_path / "saved")
+    assert not torch.equal(scores(load_backbone(f"random:{folder}")), scores(load_backbone(folder)))
+
+
+def broken(folder, **changes):
+    """Change entries of the configuration of a saved backbone."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize("spoil, said", [
+    (lambda f: (f / "config.json").write_text("{"), "config.json is damaged"),
+    (lambda f: (f / "config.json").write_text("[]"), "was not written by act"),
+    (lambda f: (f / "config.json").write_text('{"mine": true}'), "was not written by act"),
+    (lambda f: broken(f, model_type="wav2vec2"), "transformers library: write hf:"),
+    (lambda f: broken(f, backbone="gone"), "was saved from gone, which is not registered here"),
+    (lambda f: broken(f, backbone="random:aisfx"), "do not fit"),
+])
+def test_folders_that_hold_something_else(spoil, said, tmp_path):
+    folder = load_backbone("random:ge2e").save_pretrained(tmp_path / "saved")
+    spoil(folder)
+    with pytest.raises(BackboneError, match=said) as raised: load_backbone(folder)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_hugging_face_folder_says_how_to_load_it(hub):
+    with pytest.raises(BackboneError, match=f"write hf:{hub / 'wav2vec2'}"): load_backbone(hub / "wav2vec2")
+    assert load_backbone(f"hf:{hub / 'wav2vec2'}").dim == 16
+
+
+def test_a_path_that_is_not_there_is_called_one(tmp_path):
+    with pytest.raises(BackboneError, match="neither a folder here nor the name"): load_backbone(tmp_path / "typo")
+    folder = load_backbone("random:ge2e").save_pretrained(tmp_path / "saved")
+    with pytest.raises(BackboneError, match="seed cannot be changed"): load_backbone(folder, seed=2)
+
+
+def test_options_that_json_cannot_hold_are_named(tmp_path):
+    register_backbone("typed")(lambda pretrained=True, dtype=None: Tied())
+    with pytest.raises(BackboneError, match="options of typed cannot be kept"): load_backbone("typed", dtype=torch.float32).save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_list_shows_also_what_cannot_be_built():
+    def fails(pretrained=True): raise RuntimeError("no such\ndriver")
+    register_backbone("fails")(fails)
+    try: assert list_backbones().loc["fails", "weights"] == "cannot be built here: RuntimeError: no such driver"
+    finally: _BUILDERS.pop("fails")
+    assert "fails" not in list_backbones().index
 
 
 # ---------------------------------------------------------------- what a user gets wrong

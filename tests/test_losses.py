@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from act.losses import (CLASSIFICATION_LOSSES, LOSSES, ContrastiveLoss, asymmetric_loss, cached_step, contrastive_loss,
-                        focal_loss, pair_weights, soft_target_loss, valid_anchors)
+from act.losses import (CLASSIFICATION_LOSSES, CONTRASTIVE_LOSSES, LOSSES, ContrastiveLoss, LossError,
+                        asymmetric_loss, cached_step, contrastive_loss, focal_loss, pair_weights,
+                        register_loss, soft_target_loss, valid_anchors)
 
 THRESHOLD = .3
 pytestmark = pytest.mark.filterwarnings("ignore:no clip of this batch")
@@ -74,14 +75,14 @@ def by_the_equation(z, multi_hot, kind, tau):
 @st.composite
 def batches(draw, most=12, dtype=torch.float64):
     """Embeddings (N, D) and multi-hot labels (N, C): dense and sparse ones, with empty rows and repeated vectors."""
-    n, d, c = draw(st.integers(1, most)), draw(st.integers(1, 6)), draw(st.integers(1, 5))
+    n, d, c = draw(st.integers(1, most)), draw(st.integers(1, 6)), draw(st.integers(2, 6))
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     z = torch.randn(n, d, generator=g, dtype=torch.float64).to(dtype)
     if draw(st.booleans()): z = z[torch.randint(0, n, (n,), generator=g)]
     return z, (torch.rand(n, c, generator=g) < draw(st.sampled_from([.1, .3, .6, 1.]))).long()
 
 
-kinds = st.sampled_from(LOSSES)
+kinds = st.sampled_from(list(LOSSES))
 temperatures = st.sampled_from([.01, .07, .1, 1.])
 
 
@@ -139,7 +140,7 @@ def test_one_label_per_clip_makes_all_kinds_supcon(batch, kind, classes):
     z, _ = batch
     ids = torch.randint(0, classes, (len(z),))
     expected = contrastive_loss(z, ids)
-    torch.testing.assert_close(contrastive_loss(z, F.one_hot(ids, classes), kind), expected)
+    torch.testing.assert_close(contrastive_loss(z, F.one_hot(ids, max(classes, 2)), kind), expected)
     torch.testing.assert_close(contrastive_loss(z, ids, kind), expected)
 
 
@@ -284,6 +285,247 @@ def test_label_errors(labels, message):
                                  {"threshold": 1.5}, {"block": 0}])
 def test_setting_errors_name_the_value(bad):
     with pytest.raises(ValueError, match=str(*bad.values())): contrastive_loss(torch.randn(4, 2), torch.zeros(4).long(), **bad)
+
+
+# ---- what is learned, and what cannot be ---------------------------------------------------------
+
+FORMS = {"blocks": {}, "small blocks": {"block": 3}, "dense": {"dense": True}}
+
+
+def temperature_gradients(temperature, loss):
+    """The loss and its gradients on a temperature and on embeddings."""
+    z = torch.randn(32, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    value = loss(z, temperature)
+    return value.detach(), *torch.autograd.grad(value, [temperature, z])
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_learned_temperature_gets_the_gradient_of_the_definition(kind, form):
+    labels = (torch.rand(32, 6, generator=torch.Generator().manual_seed(1)) < .3).long()
+    w = pair_weights(labels, kind)
+    for tau in (.05, .1, 1.):
+        ours = temperature_gradients(nn.Parameter(torch.tensor(tau)),
+                                     lambda z, t: contrastive_loss(z, labels, kind, t, **FORMS[form]))
+        auto = temperature_gradients(nn.Parameter(torch.tensor(tau)), lambda z, t: soft_target_loss(z, w, t))
+        torch.testing.assert_close(ours, auto, rtol=1e-5, atol=1e-5)
+
+
+def test_the_temperature_of_the_case():
+    z, y = torch.randn(32, 8, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 4
+    for form in FORMS.values():
+        temperature = nn.Parameter(torch.tensor(.1))
+        contrastive_loss(z, y, temperature=temperature, **form).backward()
+        assert temperature.grad.item() == pytest.approx(-59.58018, rel=1e-5)   # embeddings need none
+
+
+TEMPERATURES = {"one element": torch.tensor([.1]), "float64": torch.tensor(.1).double(),
+                "bfloat16": torch.tensor(.1).bfloat16(), "two axes": torch.tensor([[.1]])}
+
+
+@pytest.mark.parametrize("value", TEMPERATURES.values(), ids=TEMPERATURES)
+@pytest.mark.parametrize("form", FORMS)
+def test_temperatures_of_any_shape_and_type(value, form):
+    z, y = torch.randn(32, 8, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 4
+    temperature = value.clone().requires_grad_()
+    contrastive_loss(z, y, temperature=temperature, **FORMS[form]).backward()
+    assert temperature.grad.shape == temperature.shape and temperature.grad.dtype == temperature.dtype
+    rounding = 2e-2 if temperature.dtype == torch.bfloat16 else 1e-5
+    assert temperature.grad.item() == pytest.approx(-59.58018, rel=rounding)
+
+
+def test_a_temperature_computed_from_a_parameter_as_in_clip():
+    z, y = torch.randn(24, 8, dtype=torch.float64), torch.arange(24) % 4
+    def learned(log_scale, **form): return contrastive_loss(z, y, temperature=(-log_scale).exp(), **form)
+    assert torch.autograd.gradcheck(learned, nn.Parameter(torch.tensor(2.).double()))
+    temperature = nn.Parameter(torch.tensor(.3).double())
+    assert torch.autograd.gradcheck(lambda t: contrastive_loss(z, y, temperature=t, block=5), temperature)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_module_owns_its_temperature(form):
+    z, y = torch.randn(16, 4), torch.arange(16) % 4
+    loss = ContrastiveLoss("jaccard", temperature=nn.Parameter(torch.tensor(.5)), **FORMS[form])
+    assert [name for name, _ in loss.named_parameters()] == ["temperature"]
+    assert "temperature=0.5" in repr(loss)
+    optimiser = torch.optim.SGD(loss.parameters(), lr=1e-3)
+    before = loss(z, y)
+    before.backward()
+    optimiser.step()
+    assert loss(z, y) < before and loss.state_dict()["temperature"] != .5
+    assert not list(ContrastiveLoss(temperature=.1).parameters())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_cached_step_trains_the_temperature(form):
+    """Also with a scaled backward pass, and whatever else the loss depends on."""
+    x, labels = torch.randn(20, 12).double(), torch.arange(20) % 4
+    def parts_of(cached):
+        model, unused = encoder(), nn.Parameter(torch.ones(3))
+        temperature = nn.Parameter(torch.tensor(.2).double())
+        def loss_fn(z):
+            loss = contrastive_loss(z, labels, temperature=temperature, **FORMS[form])
+            return loss + .1 * model[0].weight.square().sum()
+        torch.manual_seed(7)
+        if cached: cached_step(model.eval(), x.split(8), loss_fn, lambda scalar: (8 * scalar).backward())
+        else: (8 * loss_fn(model.eval()(x))).backward()
+        assert unused.grad is None
+        return [p.grad for p in (*model.parameters(), temperature)]
+    torch.testing.assert_close(parts_of(True), parts_of(False), rtol=1e-9, atol=1e-12)
+
+
+def test_cached_step_needs_a_loss_of_its_embeddings():
+    weight = nn.Parameter(torch.ones(4))
+    with pytest.raises(LossError, match="does not depend on the embeddings"):
+        cached_step(nn.Identity(), torch.randn(6, 4).split(2), lambda z: weight.sum())
+
+
+Z, IDS = torch.randn(4, 2), torch.tensor([0, 0, 1, 1])
+TAGS = F.one_hot(IDS)
+UNUSABLE = {
+    "two temperatures": (lambda: contrastive_loss(Z, IDS, temperature=torch.tensor([.1, .2])),
+                         "one number; got the shape \\(2,\\)"),
+    "negative parameter": (lambda: contrastive_loss(Z, IDS, temperature=nn.Parameter(torch.tensor(-.1))),
+                           "positive and finite; got -0.1"),
+    "name as temperature": (lambda: contrastive_loss(Z, IDS, temperature="warm"),
+                            "temperature must be a number"),
+    "module, temperature 0": (lambda: ContrastiveLoss(temperature=0), "positive and finite; got 0"),
+    "module, kind": (lambda: ContrastiveLoss("supcn"), "unknown kind 'supcn'"),
+    "module, threshold": (lambda: ContrastiveLoss(threshold=2), "threshold must lie in"),
+    "learned threshold": (lambda: pair_weights(TAGS, threshold=nn.Parameter(torch.tensor(.3))),
+                          "gets no gradient"),
+    "learned labels": (lambda: contrastive_loss(Z, nn.Parameter(TAGS.float())), "labels get no gradient"),
+    "block and dense": (lambda: contrastive_loss(Z, IDS, block=2, dense=True), "leave out block, or dense"),
+    "block of anchors": (lambda: valid_anchors(IDS, block=0), "block must be at least 1"),
+    "names": (lambda: contrastive_loss(Z, ["a", "a", "b", "b"]), "number names with"),
+    "column of two classes": (lambda: contrastive_loss(Z, IDS[:, None]), "for class ids pass shape"),
+    "soft weights, temperature": (lambda: soft_target_loss(Z, pair_weights(IDS), 0),
+                                  "positive and finite; got 0"),
+    "weights of a row": (lambda: soft_target_loss(Z, torch.zeros(4)), "must have the shape \\(4, 4\\)"),
+    "negative weights": (lambda: soft_target_loss(Z, -pair_weights(IDS)), "must not be negative"),
+    "weights with NaN": (lambda: soft_target_loss(Z, pair_weights(IDS) * math.nan), "negative or NaN"),
+    "weights of itself": (lambda: soft_target_loss(Z, torch.eye(4)), "zero on the diagonal"),
+    "alpha": (lambda: focal_loss(Z, TAGS, alpha=-1), "alpha must lie in"),
+    "gamma": (lambda: focal_loss(Z, TAGS, gamma=-1.), "gamma must not be negative"),
+    "gamma of positives": (lambda: asymmetric_loss(Z, TAGS, gamma_positive=-1),
+                           "gamma_positive must not be negative"),
+    "margin": (lambda: asymmetric_loss(Z, TAGS, margin=1.), "margin must lie in"),
+    "soft targets": (lambda: asymmetric_loss(Z, TAGS * .9), "for soft targets use binary_cross_entropy"),
+}
+
+
+@pytest.mark.parametrize("act, message", UNUSABLE.values(), ids=UNUSABLE)
+def test_what_would_be_ignored_is_one_line(act, message):
+    with pytest.raises(LossError, match=message) as error: act()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("labels", [[7, 7, -2, 2 ** 40], torch.tensor([1, 1, 0, 2]).to(torch.uint16),
+                                    torch.tensor([200, 200, 0, 1], dtype=torch.uint8).numpy()])
+def test_class_ids_of_any_integer_type(labels):
+    torch.testing.assert_close(contrastive_loss(Z, labels), contrastive_loss(Z, torch.tensor([0, 0, 1, 2])))
+
+
+# ---- losses of one's own -------------------------------------------------------------------------
+
+@pytest.fixture
+def registered():
+    """Register losses for one test."""
+    before = dict(CONTRASTIVE_LOSSES)
+    yield register_loss
+    for name in CONTRASTIVE_LOSSES.keys() - before: del CONTRASTIVE_LOSSES[name]
+
+
+def jaccard_again(labels):
+    shared, size = labels @ labels.T, labels.sum(1)
+    index = shared / (size[:, None] + size - shared).clamp_min(1)
+    index.fill_diagonal_(0)
+    return index / index.sum(1, keepdim=True).clamp_min(1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_registered_pair_weights_are_a_kind(registered, form):
+    registered("again")(jaccard_again)
+    def by_rows(labels): return lambda rows: (jaccard_again(labels) + torch.eye(len(labels)))[rows]
+    registered("again by rows")(by_rows)
+    labels = (torch.rand(32, 6, generator=torch.Generator().manual_seed(1)) < .3).long()
+    def gradients_of(kind, **form):
+        temperature = nn.Parameter(torch.tensor(.2))
+        return temperature_gradients(temperature, lambda z, t: contrastive_loss(z, labels, kind, t, **form))
+    for kind in ("again", "again by rows"):
+        assert kind in LOSSES
+        ours, expected = gradients_of(kind, **FORMS[form]), gradients_of("jaccard")
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(valid_anchors(labels, kind), valid_anchors(labels, "jaccard"))
+    ids, z = torch.tensor([90_000, 5, 5, 90_000, 7]), torch.randn(5, 3)
+    torch.testing.assert_close(contrastive_loss(z, ids, "again"), contrastive_loss(z, ids))
+
+
+def test_registered_losses_of_embeddings(registered):
+    @registered("spread", of_embeddings=True)
+    def spread(z, labels, temperature):
+        return torch.pdist(F.normalize(z, dim=1)).div(-temperature).exp().mean()
+
+    registered("margin", of_embeddings=True)(lambda z, labels: (z.square().sum(1) - labels).relu().mean())
+    z, ids = torch.randn(8, 4, requires_grad=True), torch.arange(8) % 3
+    for tau in (.5, 1.):
+        torch.testing.assert_close(contrastive_loss(z, ids, "spread", tau), spread(z, ids, tau))
+    loss = ContrastiveLoss("margin")
+    assert loss(z, ids) > 0 and loss.anchor_share == 1
+    assert ContrastiveLoss("spread")(z.bfloat16(), ids).dtype == torch.float32
+    loss(z, ids).backward()
+    assert z.grad.abs().sum() > 0
+    assert valid_anchors(torch.arange(4), "spread").sum() == 0
+
+
+def test_registered_losses_of_pytorch_metric_learning(registered):
+    losses = pytest.importorskip("pytorch_metric_learning.losses")
+    registered("theirs", of_embeddings=True)(losses.SupConLoss(temperature=.1))
+    z, ids = torch.randn(16, 4), torch.arange(16) % 4
+    torch.testing.assert_close(contrastive_loss(z, ids, "theirs"), contrastive_loss(z, ids))
+    with pytest.raises(LossError, match="has parameters, which tuning would not train"):
+        registered("proxies", of_embeddings=True)(losses.ProxyAnchorLoss(4, 4))
+    assert "proxies" not in LOSSES
+
+
+OWN_FAULTS = {
+    "shape": (lambda labels: labels, "must have the shape \\(4, 4\\)"),
+    "vector": (lambda labels: labels.sum(1), "must have the shape"),
+    "negative": (lambda labels: labels @ labels.T - 1, "must not be negative"),
+    "learned": (lambda labels: (labels @ labels.T).requires_grad_(), "pair weights get no gradient")}
+
+
+@pytest.mark.parametrize("weights, message", OWN_FAULTS.values(), ids=OWN_FAULTS)
+def test_faults_of_registered_pair_weights(weights, message, registered):
+    registered("mine")(weights)
+    for form in ({}, {"dense": True}):
+        with pytest.raises(LossError, match=message): contrastive_loss(Z, IDS, "mine", **form)
+
+
+def test_faults_of_registration(registered):
+    registered("mine", of_embeddings=True)(lambda z, labels: z)
+    with pytest.raises(LossError, match="mine: a loss must return a scalar"): contrastive_loss(Z, IDS, "mine")
+    with pytest.raises(LossError, match="has no pair weights"): pair_weights(IDS, "mine")
+    for taken in ("supcon", "bce"):
+        with pytest.raises(LossError, match="is a loss of act"): registered(taken)
+    with pytest.raises(LossError, match="must be callable; got 3"): registered("three")(3)
+    with pytest.raises(LossError, match="register_loss takes a name"): registered(jaccard_again)
+    with pytest.raises(LossError, match="choose one of .*, mine"): contrastive_loss(Z, IDS, "yours")
+
+
+@pytest.mark.parametrize("of_embeddings", [False, True])
+def test_tuning_knows_a_registered_loss_by_name(of_embeddings, registered):
+    from act.backbones import load_backbone
+    from act.tasks import load_task
+    from act.tuning import TuneConfig, TuningError, tune
+    mine = (lambda z, labels: contrastive_loss(z, labels, temperature=.1)) if of_embeddings else jaccard_again
+    registered("mine", of_embeddings)(mine)
+    config = dict(passes=2, batch=32, projection="linear")
+    configs = [TuneConfig(loss=loss, **config) for loss in ("mine", "supcon")]
+    logs = [tune(load_backbone("log-mel"), load_task("words-4"), c, progress=False).log for c in configs]
+    assert logs[0].loss.tolist() == pytest.approx(logs[1].loss.tolist(), rel=1e-4)
+    assert logs[0].valid_anchors.tolist() == logs[1].valid_anchors.tolist()
+    with pytest.raises(TuningError, match="choose one of .*mine"): TuneConfig(loss="yours")
 
 
 # ---- gradient caching -------------------------------------------------------------------------------------------

@@ -24,11 +24,14 @@ def encoder():
     return nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 4)).double()
 
 
+def learned(): return nn.Parameter(torch.tensor(.1, dtype=torch.float64))
+
+
 def one_process(kind):
-    model, (x, labels) = encoder(), batch()
-    loss = contrastive_loss(model(x), labels, kind, dense=True)
+    model, temperature, (x, labels) = encoder(), learned(), batch()
+    loss = contrastive_loss(model(x), labels, kind, temperature, dense=True)
     loss.backward()
-    return loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
+    return loss.detach(), torch.cat([p.grad.flatten() for p in (*model.parameters(), temperature)])
 
 
 def own_step(fabric, model, x, labels, loss, cached):
@@ -41,11 +44,12 @@ def own_step(fabric, model, x, labels, loss, cached):
 
 
 def errors(fabric, kind, sizes, cached):
-    """Largest deviation of loss and parameter gradients from those of one process, on this process."""
+    """Largest deviation of loss and gradients from those of one process, on this process."""
     x, labels = (t.split(sizes)[fabric.global_rank] for t in batch())
     model = fabric.setup_module(encoder())
-    value = own_step(fabric, model, x, labels, ContrastiveLoss(kind), cached)
-    grads = torch.cat([p.grad.flatten() for p in model.parameters()])
+    loss = ContrastiveLoss(kind, temperature=learned())
+    value = own_step(fabric, model, x, labels, loss, cached)
+    grads = torch.cat([p.grad.flatten() for p in (*model.parameters(), *loss.parameters())])
     expected, expected_grads = one_process(kind)
     return torch.stack([(value - expected).abs(), (grads - expected_grads).abs().max()])
 
