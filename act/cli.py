@@ -54,7 +54,8 @@ def _one_line(message, category, *place):
 
 
 def main():
-    """Run the command line; errors and warnings of act, and errors of the system, become one line on stderr."""
+    """Run the command line; an error of the user or the system becomes one line on stderr and exit status 1,
+    an `ActWarning` one line on stderr."""
     warnings.formatwarning = _one_line
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")      # where the terminal lacks a character
@@ -633,7 +634,7 @@ def probe(embeddings: Path = typer.Argument(..., help="An .npz with embeddings, 
 def _task_of(where):
     from act.tasks import TaskError, csv_task, folder_task, load_task
     if where.is_dir(): return folder_task(where)
-    if where.is_file() or where.suffix.lower() == ".csv": return csv_task(where)
+    if where.is_file() or where.suffix.lower() in (".csv", ".tsv"): return csv_task(where)
     try: return load_task(str(where))
     except TaskError as e: raise TaskError(f"{where} is neither a folder nor a .csv here, and as a task: {e}") from None
 

@@ -13,6 +13,7 @@ import os
 import sys
 from contextlib import contextmanager, nullcontext
 from numbers import Integral, Real
+from pathlib import Path
 
 import numpy as np
 import psutil

@@ -23,7 +23,8 @@ from sklearn.model_selection import train_test_split
 
 from .audio import FFMPEG_SUFFIXES, SUFFIXES, AudioError, Clip, Mixture, WaveCache
 from .audio import audio_info, check_audio, decodable
-from .core import ActError, ActWarning, Registry, content_of, file_digest, full_path, identity, near_matches
+from .core import ActError, ActWarning, Registry
+from .core import content_of, file_digest, full_path, identity, near_matches
 from .manifest import entry_file_digest, fetch, list_entries, load_manifest
 
 # %% ../nbs/api/02_tasks.ipynb #tas00006
