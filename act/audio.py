@@ -24,7 +24,7 @@ from scipy.signal import resample_poly
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from .core import ActError, cache_path, code_of, identity, replacing, versions, write_atomic
+from .core import ActError, cache_path, code_of, full_path, identity, replacing, versions, write_atomic
 
 # %% ../nbs/api/01_audio.ipynb #aud00006
 SUFFIXES = frozenset(                  # what libsndfile reads
@@ -169,7 +169,7 @@ def _from_container(av, path, end):
 # %% ../nbs/api/01_audio.ipynb #aud00007
 def _decode(path, start, seconds):
     """The samples of a stretch of a file, and its rate."""
-    path = Path(path).expanduser()
+    path = full_path(path)
     by = _by_ffmpeg if path.suffix.lower() in FFMPEG_SUFFIXES else _by_libsndfile
     with _named(path): x, rate = by(path, start, seconds)
     if not len(x): raise AudioError(f"{path}: holds no samples at {start:g} s; replace or remove it")
@@ -280,7 +280,7 @@ def audio_info(path):
 
 def _info(path):
     """Rate and duration of a file, and whether its samples are floats."""
-    path = Path(path).expanduser()
+    path = full_path(path)
     floats = False
     with _named(path):
         stat = path.stat()

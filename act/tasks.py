@@ -23,7 +23,8 @@ from sklearn.model_selection import train_test_split
 
 from .audio import FFMPEG_SUFFIXES, SUFFIXES, AudioError, Clip, Mixture, WaveCache
 from .audio import audio_info, check_audio, decodable
-from .core import ActError, ActWarning, Registry, content_of, file_digest, identity, near_matches
+from .core import ActError, ActWarning, Registry
+from .core import content_of, file_digest, full_path, identity, near_matches
 from .manifest import entry_file_digest, fetch, list_entries, load_manifest
 
 # %% ../nbs/api/02_tasks.ipynb #tas00006
@@ -292,8 +293,7 @@ def _draw_spectrogram(ax, task, i):
     extent = (0, len(x) / rate, 0, rate / 2)
     ax.imshow(level, origin="lower", aspect="auto", cmap="magma", extent=extent, interpolation="nearest")
     label = ", ".join(task.classes[c] for c in np.flatnonzero(_multi_hot(task)[i]))
-    ax.set(xlabel="s", yticks=[])
-    ax.set_title(label[:24], parse_math=False)
+    ax.set(title=label[:24], xlabel="s", yticks=[])
 
 # %% ../nbs/api/02_tasks.ipynb #tas00022
 _LOADERS = Registry("task", "act.tasks")     # pattern -> (shown name, manifest entry, facts, loader)
@@ -934,7 +934,7 @@ def folder_task(path, licence=None, sides=SPLITS):
     ActWarning
         Of files that were left out, by class and reason, and of classes that lack on a side.
     """
-    root = Path(path).expanduser()
+    root = full_path(path)
     if root.is_file(): raise TaskError(f"{root}: is a file; for a table see csv_task")
     if not root.is_dir(): raise TaskError(f"{root}: no such folder")
     files = _files_below(root)
@@ -1112,7 +1112,7 @@ def csv_task(table, audio=None, file="file", label="label", split="split", group
     ActWarning
         Of blank groups, of an encoding that had to be guessed, and of classes that lack on a side.
     """
-    table = Path(table).expanduser()
+    table = full_path(table)
     rows, notes = _read_table(table, (file, label, "labels", split, group))
     file_column = _required(rows, table, file)
     label_column = _required(rows, table, label, "labels")
@@ -1121,7 +1121,7 @@ def csv_task(table, audio=None, file="file", label="label", split="split", group
     labels = _labels_of(rows[label_column].tolist(), separator, label_column.lower() == "labels")
     on_side = [_side(c) for c in rows[split_column]] if split_column else None
     groups, blank = _groups_of(rows[group_column]) if group_column else (None, [])
-    files, missing = _places(table.parent if audio is None else Path(audio).expanduser(), rows[file_column])
+    files, missing = _places(table.parent if audio is None else full_path(audio), rows[file_column])
     return _own_task(table.stem, files, labels, on_side, groups, licence, sides, missing, notes + blank)
 
 # %% ../nbs/api/02_tasks.ipynb #tas99902
