@@ -19,7 +19,7 @@ $(ready): constraints.txt settings.ini setup.py
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 10) <= v <= (3, 13) and "act needs Python 3.10 to 3.13; choose one with make PYTHON=python3.12")'
 	@test -x $(bin)/python || $(PYTHON) -m venv .venv
 	$(bin)/python -m pip install -c constraints.txt setuptools wheel
-	$(bin)/python -m pip install -c constraints.txt --no-build-isolation -e ".[dev,docs,hf,adapters]"
+	$(bin)/python -m pip install -c constraints.txt --no-build-isolation -e ".[dev,docs,hf,adapters,formats]"
 	@touch $@
 
 reproduce: $(ready)  ## run the paper notebooks: PROFILE=quick|small|full ONLY=table_2 SEEDS=3

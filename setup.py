@@ -30,7 +30,7 @@ setuptools.setup(
                  f"Natural Language :: {cfg['language']}", "Programming Language :: Python :: 3",
                  "Topic :: Multimedia :: Sound/Audio :: Analysis"],
     include_package_data=True, install_requires=listed("requirements"), python_requires=">=" + cfg["min_python"],
-    extras_require={k: listed(f"{k}_requirements") for k in ("dev", "docs", "hf", "adapters", "log")},
+    extras_require={k: listed(f"{k}_requirements") for k in ("dev", "docs", "hf", "adapters", "log", "formats")},
     long_description=Path("README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
     zip_safe=False, cmdclass={"build_py": build_with_manifest},
     entry_points={"console_scripts": listed("console_scripts"),

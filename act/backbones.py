@@ -143,7 +143,7 @@ class Backbone(nn.Module):
         Raises
         ------
         BackboneError
-            If the batch is not a batch of mono waveforms at this backbone's rate, or a clip is too short for it.
+            If the batch is not a batch of mono waveforms at this backbone's rate, or a clip is too short.
         """
         x, lengths = self._checked(x, lengths, rate)
         try: h, counts = self.frames(x, lengths)
@@ -697,10 +697,10 @@ class HFFixedSpan(HuggingFace):
 
 class HFSpectrogramTransformer(HFFixedSpan):
     """AST: mean of its class and distillation tokens, over the first 10.24 s."""
-    min_seconds = .025                                                             # one window of its spectrogram
+    min_seconds = .025                                             # one window of its spectrogram
 
     @property
-    def span(self): return self.extractor.max_length * self.rate // 100           # a frame every 10 ms
+    def span(self): return self.extractor.max_length * self.rate // 100     # a frame every 10 ms
 
     def frames(self, x, lengths):
         h = self.hidden(self.extract(x, lengths).input_values)[:, :2]

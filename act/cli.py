@@ -9,7 +9,7 @@ __all__ = ['app', 'INTERRUPTED', 'REMEDIES', 'BYTES_PER_GB', 'TABLE_WIDTH', 'SHO
            'read_embeddings', 'probe', 'tune', 'status', 'doctor']
 
 # %% ../nbs/api/12_cli.ipynb #cli00003
-import ast, contextlib, errno, hashlib, html, json, logging, os, re, shutil, sys, time
+import ast, contextlib, errno, hashlib, html, json, logging, os, re, shutil, sys, time, warnings
 from pathlib import Path
 from typing import List, Optional
 
@@ -17,7 +17,7 @@ import typer
 import yaml
 
 import act
-from .core import DISK_FULL, ActError, full_path
+from .core import DISK_FULL, ActError, ActWarning, full_path
 
 # %% ../nbs/api/12_cli.ipynb #cli00006
 app = typer.Typer(help="Audio Contrastive Tuning: tune an encoder with a contrastive loss, probe its geometry.\n\nFirst steps: act reproduce --profile quick",
@@ -45,8 +45,19 @@ def _exit(message, status=1):
     sys.exit(status)
 
 
+_in_full = warnings.formatwarning
+
+
+def _one_line(message, category, *place):
+    """A warning as stderr shows it: one line for an `ActWarning`."""
+    if issubclass(category, ActWarning): return f"act: note: {message}\n"
+    return _in_full(message, category, *place)
+
+
 def main():
-    """Run the command line; an `ActError` or an error of the system is one line on stderr and status 1."""
+    """Run the command line; an error of the user or the system becomes one line on stderr and exit status 1,
+    an `ActWarning` one line on stderr."""
+    warnings.formatwarning = _one_line
     for stream in (sys.stdout, sys.stderr):      # not every terminal has all letters
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
     try: app()
@@ -651,7 +662,7 @@ def probe(embeddings: Path = typer.Argument(..., help="An .npz with embeddings, 
 def _task_of(where):
     from act.tasks import TaskError, csv_task, folder_task, load_task
     if where.is_dir(): return folder_task(where)
-    if where.is_file() or where.suffix.lower() == ".csv": return csv_task(where)
+    if where.is_file() or where.suffix.lower() in (".csv", ".tsv"): return csv_task(where)
     try: return load_task(str(where))
     except TaskError as e: raise TaskError(f"{where} is neither a folder nor a .csv here, and as a task: {e}") from None
 
@@ -691,6 +702,7 @@ def tune(where: Path = typer.Argument(..., callback=_home,
     check_save_folder(out, force)
     config = TuneConfig(method=method, loss=loss, passes=passes, lr=lr, seed=seed)
     task = _task_of(where)
+    task.require("train", "valid", "test")
     with _stdout_free(as_json):
         _announce_task(task)
         encoder = load_backbone(backbone)

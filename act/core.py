@@ -636,11 +636,14 @@ class Registry(dict):
         Such as ``"task"``.
     group : str
         The entry points of installed packages that register more, such as ``"act.tasks"``.
+    parts : dict, optional
+        Those of act itself.
     """
     def __init__(self, kind, group, parts=()):
         super().__init__(parts)
         self.kind = kind
         self.group = group
+        self.built_in = set(parts)
         self.revision = 0
         self.complete = False
         REGISTRIES[kind] = self
@@ -689,14 +692,14 @@ def _home(function):
     return (getattr(function, "__module__", None) or type(function).__module__).split(".")[0]
 
 
-def _is_own(part):
-    """Whether a registered part is not of act."""
-    return not all(_home(function) == "act" for function in _callables(part))
+def _is_own(registry, name):
+    """Whether a part was registered outside act."""
+    return name not in registry.built_in and not all(_home(f) == "act" for f in _callables(registry[name]))
 
 
 def _own_parts():
     """Kind to the registered parts that act does not define; kinds without any are left out."""
-    own = {kind: {name: part for name, part in registry.items() if _is_own(part)} for kind, registry in REGISTRIES.items()}
+    own = {kind: {name: r[name] for name in r if _is_own(r, name)} for kind, r in REGISTRIES.items()}
     return {kind: parts for kind, parts in own.items() if parts}
 
 

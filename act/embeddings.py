@@ -45,8 +45,8 @@ def default_fabric(precision="32-true"):
     world = int(env.get("WORLD_SIZE", env.get("SLURM_STEP_NUM_TASKS", 1)))
     nodes = int(env.get("GROUP_WORLD_SIZE", env.get("SLURM_STEP_NUM_NODES", 1)))
     strategy = "ddp" if world > 1 else "auto"
-    devices = world // nodes
-    fabric = Fabric(accelerator="auto", devices=devices, num_nodes=nodes, strategy=strategy, precision=precision)
+    fabric = Fabric(accelerator="auto", strategy=strategy, devices=world // nodes, num_nodes=nodes,
+                    precision=precision)
     fabric.launch()
     return fabric
 
@@ -146,8 +146,8 @@ def rounded_length(samples):
     return -(-np.asarray(samples) // step) * step
 
 # %% ../nbs/api/07_embeddings.ipynb #emb00101
-CPU_BYTES, GPU_SHARE = 3 * 2**29, .4      # for the activations of a batch; the backward pass takes up to as much again
-FREE_SHARE, LEAST_BYTES = .5, 64          # of what is free; of a sample, in an encoder that keeps nothing
+CPU_BYTES, GPU_SHARE = 3 * 2**29, .4      # for the activations of a batch; going back takes up to as much
+FREE_SHARE, LEAST_BYTES = .5, 64          # of what is free, at most; cost of a sample that keeps nothing
 
 
 def _free_bytes(device):
@@ -257,7 +257,7 @@ def clip_windows(lengths, size=None):
     clip, start, length : arrays (W,)
         Of each window: the position in `lengths`, the first sample, the number of samples.
     """
-    lengths = np.asarray(lengths)
+    lengths = np.asarray(lengths, dtype=np.int64)
     size = size or lengths.max(initial=1)
     counts = -(-lengths // size)
     clip = np.repeat(np.arange(len(lengths)), counts)
@@ -364,7 +364,7 @@ def _check_batching(batch, max_samples, max_seconds):
             raise EmbeddingError(f"{name}={value!r}: must be a whole number of at least 1")
     if max_seconds is None: return
     if not (isinstance(max_seconds, Real) and 0 < max_seconds < math.inf):
-        raise EmbeddingError(f"max_seconds={max_seconds!r}: must be a finite number above 0, or None for whole clips")
+        raise EmbeddingError(f"max_seconds={max_seconds!r}: must be a finite number above 0, or None")
 
 # %% ../nbs/api/07_embeddings.ipynb #emb00014
 def embedding_identity(backbone, task, fabric, max_seconds=None):
@@ -409,8 +409,8 @@ def embed(backbone, task, batch=64, fabric=None, folder=None, progress=True,
         Clips at a time, times the longest of them, at most; by default `default_max_samples`. It bounds the
         memory; up to rounding, the result is the same.
     max_seconds : float, optional
-        The embedding of a longer clip is the mean over consecutive windows of at most this length, weighted by
-        their lengths. By default clips are embedded whole.
+        The embedding of a longer clip is the mean over consecutive windows of at most this length, weighted
+        by their lengths. By default clips are embedded whole.
 
     Returns
     -------

@@ -49,7 +49,7 @@ class MelSpectrogram(nn.Module):
         exact = dict(self.named_buffers())
         super()._apply(fn, recurse)
         for name, buffer in exact.items():
-            setattr(self, name, buffer.to(getattr(self, name).device))       # follows to a device, not to a precision
+            setattr(self, name, buffer.to(getattr(self, name).device))   # to the device, in its precision
         return self
 
     def counts(self, lengths):
@@ -294,8 +294,8 @@ class GE2ENetwork(nn.Module):
         self.lstm, self.linear = nn.LSTM(40, 256, 3, batch_first=True), nn.Linear(256, 256)
 
     def forward(self, mels, counts):
-        with torch.autocast("cpu" if mels.is_meta else mels.device.type, enabled=False):     # few CPUs have LSTMs in half precision
-            states, _ = self.lstm(mels)
+        kind = "cpu" if mels.is_meta else mels.device.type
+        with torch.autocast(kind, enabled=False): states, _ = self.lstm(mels)    # few CPUs have bf16 LSTMs
         return F.normalize(self.linear(states[torch.arange(len(mels), device=mels.device), counts - 1]).relu(), dim=1)
 
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .manifest import ActError
+from .core import ActError, Registry
 
 # %% ../nbs/api/05_losses.ipynb #los00200
 class LossError(ActError):
@@ -195,9 +195,9 @@ def _thresholded_jaccard(y, threshold):
     return rows
 
 # %% ../nbs/api/05_losses.ipynb #los00043
-CONTRASTIVE_LOSSES = {"supcon": _equal_sets, "any": _any_overlap, "all": _equal_sets,
-                      "mulsupcon": _once_per_label,
-                      "jaccard": _jaccard, "jaccard-threshold": _thresholded_jaccard}
+CONTRASTIVE_LOSSES = Registry("contrastive loss", "act.losses", {
+    "supcon": _equal_sets, "any": _any_overlap, "all": _equal_sets, "mulsupcon": _once_per_label,
+    "jaccard": _jaccard, "jaccard-threshold": _thresholded_jaccard})
 LOSSES = CONTRASTIVE_LOSSES.keys()         # their names; a loss that is registered later is among them
 _BUILT_IN = frozenset(LOSSES)
 
@@ -741,7 +741,8 @@ def asymmetric_loss(logits, targets, gamma_positive=1., gamma_negative=4., margi
     return -torch.where(y > 0, positive, negative).mean()
 
 # %% ../nbs/api/05_losses.ipynb #los00118
-CLASSIFICATION_LOSSES = {"cross-entropy": F.cross_entropy, "bce": binary_cross_entropy, "focal": focal_loss, "asymmetric": asymmetric_loss}
+CLASSIFICATION_LOSSES = Registry("classification loss", "act.losses", {
+    "cross-entropy": F.cross_entropy, "bce": binary_cross_entropy, "focal": focal_loss, "asymmetric": asymmetric_loss})
 
 # %% ../nbs/api/05_losses.ipynb #los00207
 def register_loss(name, of_embeddings=False):

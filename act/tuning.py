@@ -54,11 +54,14 @@ def _check_real(name, value, least=0., most=math.inf, open_end=False):
 
 def _as_number(value):
     """What to write instead of a number in quotes, which is what YAML makes of 1e-3."""
-    try: return f"; it is text: write {float(value)!r}" if isinstance(value, str) else ""
+    if not isinstance(value, str): return ""
+    try: number = float(value)
     except ValueError: return ""
+    return f"; it is text: write {int(number) if value.strip().isdigit() else number}"
 
 
-_TOO_COARSE = "precision='16-true': squared gradients are zero in float16, so AdamW diverges; choose 16-mixed or bf16-true"
+_TOO_COARSE = ("precision='16-true': squared gradients are zero in float16, so AdamW diverges; "
+               "choose 16-mixed or bf16-true")
 
 # %% ../nbs/api/06_tuning.ipynb #tun00070c
 @dataclass(frozen=True)
@@ -96,7 +99,8 @@ class Augment:
 
 def _as_augment(value):
     if value is None or isinstance(value, Augment): return value
-    if not isinstance(value, dict): raise TuningError(f"augment={value!r}: must be None, an Augment, or a dict of its fields")
+    if not isinstance(value, dict):
+        raise TuningError(f"augment={value!r}: must be None, an Augment, or a dict of its fields")
     known = [f.name for f in fields(Augment)]
     unknown = [key for key in value if key not in known]
     if unknown: raise TuningError(f"augment has no field {unknown[0]!r}: choose from {', '.join(known)}")
@@ -135,14 +139,16 @@ class TuneConfig:
     augment : Augment or None
         None: no augmentation.
     micro_batch : int or None
-        Rows that are held in memory with their graph at once, at most (gradient caching: the loss still sees the
-        whole batch); None: as many as `max_samples` allows.
+        Rows that are held in memory with their graph at once, at most (gradient caching: the loss still sees
+        the whole batch); None: as many as `max_samples` allows.
     max_samples : int or None
         The same in samples: rows times the longest of them. None: `act.embeddings.default_max_samples`.
     max_seconds : float or None
-        A longer clip is cut at random to this length, anew in every view, and validated by windows of it; None: clips are whole.
+        A longer clip is cut at random to this length, anew in every view, and validated by windows of it;
+        None: clips are whole.
     precision : str
-        One of `PRECISIONS`. The ``-true`` ones hold weights and waveforms in that type; the encoder comes back in its own.
+        One of `PRECISIONS`. The ``-true`` ones hold weights and waveforms in that type; the encoder comes
+        back in its own.
     patience : int or None
         Stop after so many epochs without a lower validation loss, and keep the best weights; None: run to the end.
     checkpoint_minutes : float
@@ -177,9 +183,11 @@ class TuneConfig:
         if self.precision == "16-true": raise TuningError(_TOO_COARSE)
         for name, allowed in dict(method=METHODS, projection=PROJECTIONS, precision=PRECISIONS).items():
             value = getattr(self, name)
-            if value not in allowed: raise TuningError(f"{name}={value!r}: choose one of {', '.join(allowed)}")
+            if value not in allowed:
+                raise TuningError(f"{name}={value!r}: choose one of {', '.join(allowed)}")
         if self.loss not in (None, *self.losses):
-            raise TuningError(f"{self.method} has no loss {self.loss!r}: choose one of {', '.join(self.losses)}")
+            losses = ", ".join(self.losses)
+            raise TuningError(f"{self.method} has no loss {self.loss!r}: choose one of {losses}")
         self._check_numbers()
         object.__setattr__(self, "augment", _as_augment(self.augment))
 
@@ -220,7 +228,7 @@ def _kept(x, changed): return torch.where(_enough(x, changed)[:, None], changed,
 def _shifted(x, lengths, by):
     """Move each clip by so many samples (B,) within its own length; what leaves it at either end is lost."""
     t = torch.arange(x.shape[1], device=x.device)
-    source = t - by[:, None]                                       # (B, T) where each output sample comes from
+    source = t - by[:, None]                                       # (B, T), where a sample comes from
     inside = (source >= 0) & (source < lengths[:, None]) & (t < lengths[:, None])
     moved = x.gather(1, source.clamp(0, x.shape[1] - 1)) * inside
     enough = _enough(x, moved)
@@ -329,10 +337,11 @@ def batches(labels, size, seed, epoch, per_class=None):
     TuningError
         If `per_class` is asked for with multi-hot labels.
     """
+    if not len(labels): return []
     draw = np.random.default_rng([seed, epoch])
     order = draw.permutation(len(labels))
     if per_class is not None: order = _balanced(labels, order, per_class, draw)
-    return np.array_split(order, math.ceil(len(order) / size)) if len(order) else []
+    return np.array_split(order, math.ceil(len(order) / size))
 
 
 def _balanced(labels, order, per_class, draw):
@@ -640,7 +649,7 @@ class _Loop:
         self.folder = full_path(folder) if folder else None
         self.rows, self.labels = task.indices("train"), task.labels
         self.waves = task.waveforms(backbone.rate)
-        self.window = None if config.max_seconds is None else max(1, round(config.max_seconds * backbone.rate))
+        self.window = None if config.max_seconds is None else round(config.max_seconds * backbone.rate) or 1
         self.max_samples = config.max_samples
         self.loss_name, self.criterion = criterion_of(config, task.multilabel)
         self.identity = _run_identity(backbone, task, config, fabric) if self.folder else None
@@ -651,7 +660,8 @@ class _Loop:
         tunable = Tunable(backbone, head)
         self.model, self.optimiser = fabric.setup(tunable, _optimiser(tunable, config))
         self._try_precision(tunable)
-        with fabric.autocast(): self.max_samples = samples_per_batch(backbone.train(), fabric, config.max_samples)
+        backbone.train()
+        with fabric.autocast(): self.max_samples = samples_per_batch(backbone, fabric, config.max_samples)
         self.order = self._order()
         self.step, self.log, self.best = 0, [], None
         if self.folder is not None and (self.folder / CHECKPOINT).exists(): _load_checkpoint(self)
@@ -668,7 +678,8 @@ class _Loop:
     def _head(self):
         "The head that the method begins with, and the loss at chance level."
         config, dim, labels = self.config, self.backbone.dim, self.labels[self.rows]
-        if config.method == "contrastive": return projection_head(dim, config), math.log(max(2, config.batch - 1))
+        if config.method == "contrastive":
+            return projection_head(dim, config), math.log(max(2, config.batch - 1))
         start, chance = best_constant(self.criterion, labels, self.task.n_classes)
         head = classifier_head(dim, self.task.n_classes, start)
         if config.method == "lp-ft":
@@ -681,7 +692,8 @@ class _Loop:
 def _frozen(self: _Loop, rows, **options):
     "Embeddings of clips, or what `encode` makes of them."
     options = dict(max_samples=self.max_samples, max_seconds=self.config.max_seconds) | options
-    return frozen_embeddings(self.backbone, self.waves, rows, self.config.batch, self.fabric.device, **options)
+    device = self.fabric.device
+    return frozen_embeddings(self.backbone, self.waves, rows, self.config.batch, device, **options)
 
 
 @patch
@@ -849,11 +861,12 @@ def tune(backbone, task, config=TuneConfig(), fabric=None, folder=None, progress
         If the method has no such loss, if the folder holds the checkpoint of another run, or if the loss becomes NaN or
         infinite, naming the step.
     """
+    task.require("train", *([] if config.patience is None else ["valid"]))
     fabric = fabric or default_fabric(config.precision)
     dtype = backbone.dtype
     loop = _Loop(backbone, task, config, fabric, folder)
     loop.run(progress, callback)
-    loop.model.module.to(dtype)                                     # a precision such as "bf16-true" converts it
+    loop.model.module.to(dtype)                                     # "bf16-true" and the like converted it
     return Tuned(backbone, loop.model.module.head, pd.DataFrame(loop.log), config, loop.chance)
 
 # %% ../nbs/api/06_tuning.ipynb #tun00069

@@ -19,7 +19,8 @@ import torchaudio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from act.audio import AudioError, Clip, Mixture, WaveCache, audio_info, collate, fit_length, read_audio, resample
+from act.audio import (FFMPEG_SUFFIXES, AudioError, Clip, Mixture, WaveCache, audio_info, check_audio, collate, decodable, fit_length,
+                       read_audio, resample)
 from act.core import file_digest, identity
 
 
@@ -92,6 +93,317 @@ def test_collate_keeps_every_sample():
     waves = [torch.randn(n) for n in (5, 1, 9)]
     x, lengths = collate(waves)
     assert x.shape == (3, 9) and all(torch.equal(row[:n], w) and not row[n:].any() for row, n, w in zip(x, lengths, waves))
+
+
+# Headers that do not know, or lie about, the length
+
+
+def flac_of(samples, path, x, rate=16000):
+    """Write a FLAC file whose header says that it holds so many samples; 0 means unknown, as a streaming encoder leaves it."""
+    sf.write(path, x, rate)
+    data = bytearray(path.read_bytes())
+    data[21] = data[21] & 0xF0 | samples >> 32
+    data[22:26] = struct.pack(">I", samples & 0xFFFFFFFF)
+    data[26:42] = bytes(16)  # no checksum
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("promised", [0, 10**9, 2**36 - 1])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_flac_whose_header_cannot_be_right(tmp_path, promised, channels, monkeypatch):
+    x = np.random.default_rng(0).uniform(-0.1, 0.1, (32000, channels))
+    sf.write(tmp_path / "x.flac", x, 16000)
+    whole, path = read_audio(tmp_path / "x.flac"), flac_of(promised, tmp_path / "y.flac", x)
+    assert audio_info(path) == (16000, 2.0) and Clip(path).duration == 2.0 and Clip(path, 1.5).duration == 0.5
+    assert torch.equal(read_audio(path), whole)
+    monkeypatch.setattr("act.audio.BLOCK", 999)
+    assert torch.equal(read_audio(path), whole)
+    assert torch.equal(read_audio(path, start=1.0, seconds=0.5), whole[16000:24000])
+    assert torch.equal(read_audio(path, start=1.75, seconds=5), whole[28000:])  # over the end
+    with pytest.raises(AudioError, match="y.flac: holds no samples at 2 s"):
+        read_audio(path, start=2.0)
+
+
+def test_flac_that_promises_less_or_more(tmp_path):
+    x = np.random.default_rng(0).uniform(-0.1, 0.1, 32000)
+    assert (
+        audio_info(flac_of(16000, tmp_path / "less.flac", x)) == (16000, 1.0)
+        and len(read_audio(tmp_path / "less.flac")) == 16000
+    )
+    with pytest.raises(AudioError, match="more.flac: cannot be decoded"):
+        read_audio(flac_of(64000, tmp_path / "more.flac", x))
+
+
+def test_a_measured_length_follows_the_file(tmp_path):
+    path = flac_of(0, tmp_path / "x.flac", np.zeros(16000))
+    assert audio_info(path) == (16000, 1.0)
+    flac_of(0, path, np.zeros(8000))
+    os.utime(path, ns=(1, 1))
+    assert audio_info(path) == (16000, 0.5)
+
+
+def test_long_silence_is_believed(tmp_path):
+    sf.write(tmp_path / "x.flac", np.zeros(10_000_000, np.int16), 16000)  # 300 samples in a byte
+    assert audio_info(tmp_path / "x.flac") == (16000, 625.0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d[:4] + b"\xff" * 4 + d[8:40] + b"\xff" * 4 + d[44:],
+        lambda d: d[:40] + struct.pack("<I", 10**9) + d[44:],
+    ],
+)
+def test_wav_written_to_a_pipe(tmp_path, change):
+    sf.write(tmp_path / "x.wav", np.full(4000, 0.25), 8000)
+    (tmp_path / "x.wav").write_bytes(change((tmp_path / "x.wav").read_bytes()))
+    assert audio_info(tmp_path / "x.wav") == (8000, 0.5) and len(read_audio(tmp_path / "x.wav")) == 4000
+
+
+@pytest.mark.parametrize("rate, samples, message", [(50, 100, "not credible"), (8000, 0, "no samples")])
+def test_what_a_header_shows_is_refused_without_decoding(tmp_path, rate, samples, message):
+    sf.write(tmp_path / "x.wav", np.zeros(samples), rate)
+    for reader in audio_info, check_audio, read_audio, lambda p: Clip(p).duration:
+        with pytest.raises(AudioError, match=f"x.wav: .*{message}"):
+            reader(tmp_path / "x.wav")
+
+
+def test_a_stretch_beyond_the_end_says_so(tmp_path):
+    for suffix in "wav", "flac", "ogg", "mp3":
+        sf.write(tmp_path / f"x.{suffix}", np.zeros(8000), 8000)
+        with pytest.raises(AudioError, match=f"x.{suffix}: holds no samples at 1.5 s"):
+            read_audio(tmp_path / f"x.{suffix}", start=1.5)
+
+
+@pytest.mark.parametrize(
+    "head, what",
+    [
+        (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+        (b"/annex/objects/MD5E-s9--1.wav", "git annex get"),
+        (b"<html><body>404", "a web page"),
+        (bytes.fromhex("0005160700020000"), "a companion file of macOS"),
+        (b"PK\3\4 and so on", "a ZIP archive"),
+        (b"\0\0\0\x1cftypM4A ", "rename it to .m4a"),
+    ],
+)
+def test_what_is_no_recording_is_called_what_it_is(tmp_path, head, what):
+    (tmp_path / "x.wav").write_bytes(head + bytes(100))
+    for reader in audio_info, read_audio:
+        with pytest.raises(AudioError, match=f"x.wav: .*{what}"):
+            reader(tmp_path / "x.wav")
+
+
+def test_a_file_that_is_not_there(tmp_path, monkeypatch):
+    (tmp_path / "link.wav").symlink_to("gone.wav")
+    (tmp_path / "folder.wav").mkdir()
+    for name, message in {
+        "none.wav": "does not exist",
+        "none.m4a": "does not exist",
+        "link.wav": "is a link to gone.wav, which does not exist",
+        "folder.wav": "is a folder",
+    }.items():
+        for reader in audio_info, check_audio, read_audio:
+            with pytest.raises(AudioError, match=f"{name}: {message}"):
+                reader(tmp_path / name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    sf.write(tmp_path / "x.wav", np.zeros(800), 8000)
+    assert audio_info("~/x.wav") == (8000, 0.1) and len(read_audio("~/x.wav")) == 800
+
+
+ODD = {
+    "SA1.WAV": dict(format="NIST", subtype="PCM_16"),
+    "sa1.sph": dict(format="NIST", subtype="PCM_16"),
+    "long.wav": dict(format="RF64"),
+    "plain.aifc": dict(format="AIFF"),
+    "six.wav": dict(format="WAVEX", subtype="PCM_24", channels=6),
+    "disguised.wav": dict(format="MP3"),
+    "old.snd": dict(format="AU"),
+    "creative.voc": dict(format="VOC"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_but_honest_files(tmp_path, name):
+    kw = dict(ODD[name])
+    sf.write(tmp_path / name, tone(16000, 1.0, kw.pop("channels", 1)), 16000, **kw)
+    assert (
+        audio_info(tmp_path / name) == (16000, 1.0)
+        and len(read_audio(tmp_path / name)) == 16000
+        and decodable(tmp_path / name)
+    )
+
+
+def test_tags_before_the_audio(tmp_path):
+    sf.write(tmp_path / "x.mp3", tone(16000, 1.0), 16000)
+    sf.write(tmp_path / "x.wav", tone(16000, 1.0), 16000)
+    size = 400_000
+    picture = b"APIC" + struct.pack(">I", size - 10) + b"\0\0" + b"\0image/jpeg\0\3\0" + bytes(size - 24)
+    syncsafe = bytes((size >> s) & 127 for s in (21, 14, 7, 0))
+    (tmp_path / "cover.mp3").write_bytes(
+        b"ID3\3\0\0" + syncsafe + picture + (tmp_path / "x.mp3").read_bytes()
+    )
+    (tmp_path / "tagged.wav").write_bytes(
+        b"ID3\3\0\0" + bytes((0, 0, 0, 64)) + bytes(64) + (tmp_path / "x.wav").read_bytes()
+    )
+    for name in "cover.mp3", "tagged.wav":
+        assert audio_info(tmp_path / name) == (16000, 1.0) and len(read_audio(tmp_path / name)) == 16000
+
+
+@pytest.mark.parametrize(
+    "suffix, kw",
+    [
+        ("mp3", dict(format="MP3")),
+        ("ogg", dict(format="OGG")),
+        ("opus", dict(format="OGG", subtype="OPUS")),
+        ("flac", {}),
+    ],
+)
+def test_stretches_of_compressed_files(tmp_path, suffix, kw):
+    rate = 48000
+    x = np.convolve(np.random.default_rng(0).uniform(-0.5, 0.5, 8 * rate), np.ones(8) / 8, "same")
+    with sf.SoundFile(tmp_path / f"x.{suffix}", "w", rate, 1, **kw) as f:
+        for i in range(0, len(x), 4096):
+            f.write(x[i : i + 4096])  # large Vorbis writes overflow the stack
+    whole = read_audio(tmp_path / f"x.{suffix}")
+    assert audio_info(tmp_path / f"x.{suffix}") == (rate, 8.0) and len(whole) == 8 * rate
+    for start in 0.0, 0.3, 1.0001, 3.77777, 7.4:
+        part, first = read_audio(tmp_path / f"x.{suffix}", start=start, seconds=0.5), round(start * rate)
+        assert len(part) == rate // 2 and (part - whole[first : first + len(part)]).abs().max() < 1e-6
+
+
+# What only FFmpeg decodes
+
+
+def encoded_by_ffmpeg(path, codec, x, rate):
+    """Write an audio file with PyAV."""
+    av = pytest.importorskip("av", reason="needs the extra [formats]")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate, layout="stereo" if x.ndim == 2 else "mono")
+        stream.codec_context.bit_rate = 128_000
+        stream.codec_context.open()
+        frame = av.AudioFrame.from_ndarray(
+            np.ascontiguousarray(np.atleast_2d(x.T), np.float32), format="fltp", layout=stream.layout.name
+        )
+        frame.sample_rate = rate
+        frame.pts = 0
+        fitted = av.AudioResampler(
+            format=stream.codec_context.format, rate=rate, frame_size=stream.codec_context.frame_size
+        )
+        for part in [*fitted.resample(frame), *fitted.resample(None)]:
+            container.mux(stream.encode(part))
+        container.mux(stream.encode(None))
+    return path
+
+
+FOREIGN = {
+    "x.m4a": ("aac", 44100),
+    "x.M4A": ("aac", 44100),
+    "x.mp4": ("aac", 22050),
+    "x.aac": ("aac", 44100),
+    "x.webm": ("libopus", 48000),
+    "x.mka": ("aac", 44100),
+    "x.wma": ("wmav2", 44100),
+    "lossless.m4a": ("alac", 16000),
+    "x.wv": ("wavpack", 8000),
+}
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("name", FOREIGN)
+def test_formats_of_ffmpeg(tmp_path, name, channels):
+    codec, rate = FOREIGN[name]
+    x = tone(rate, 2.0, channels) * np.linspace(0.2, 1.0, 2 * rate)[:, None]
+    path = encoded_by_ffmpeg(tmp_path / name, codec, x if channels == 2 else x[:, 0], rate)
+    assert decodable(path) and path.suffix.lower() in FFMPEG_SUFFIXES
+    y = read_audio(path)
+    found, seconds = check_audio(path)
+    assert (
+        found == rate and seconds == len(y) / rate == Clip(path).duration and abs(seconds - 2) < 0.1
+    )  # encoders pad their last block
+    loudness = y.unfold(0, rate // 4, rate // 4).square().mean(1).sqrt()[1:7]
+    np.testing.assert_allclose(loudness, np.sqrt(0.125) * (0.2 + 0.1 * (np.arange(1, 7) + 0.5)), rtol=0.1)
+    for start, length in (0.0, 0.5), (0.7123, 0.5), (1.5, 9.0):
+        assert torch.equal(
+            read_audio(path, start=start, seconds=length),
+            y[(i := round(start * rate)) : i + round(length * rate)],
+        )
+    assert abs(len(read_audio(path, 8000)) - 8000 * seconds) <= 1
+    with pytest.raises(AudioError, match="holds no samples at 5 s"):
+        read_audio(path, start=5.0)
+
+
+def test_m4a_begins_where_its_recording_began(tmp_path):
+    x = np.convolve(np.random.default_rng(0).normal(0, 0.1, 44100), np.ones(8) / 8, "same")
+    y = read_audio(encoded_by_ffmpeg(tmp_path / "x.m4a", "aac", x, 44100)).numpy()
+    assert np.correlate(y[:20000], x[5000:9000], "valid").argmax() == 5000  # the encoder's delay is cut off
+
+
+def test_ffmpeg_reads_the_samples_that_libsndfile_reads(tmp_path, monkeypatch):
+    for suffix, tolerance in ("flac", 0), ("wav", 0), ("mp3", 1e-5):
+        sf.write(tmp_path / f"x.{suffix}", tone(44100, 1.0, 2) * 0.9, 44100)
+        ours = read_audio(tmp_path / f"x.{suffix}")
+        with monkeypatch.context() as m:
+            m.setattr("act.audio.FFMPEG_SUFFIXES", {f".{suffix}"})
+            theirs = read_audio(tmp_path / f"x.{suffix}")
+        assert len(ours) == len(theirs) and (ours - theirs).abs().max() <= tolerance
+
+
+def test_a_cache_of_foreign_formats(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACT_CACHE", str(tmp_path / "cache"))
+    clips = [
+        Clip(encoded_by_ffmpeg(tmp_path / f"{i}.m4a", "aac", tone(16000, 0.2 + 0.1 * i)[:, 0], 16000))
+        for i in range(6)
+    ]
+    cache = opened(clips, workers=3)
+    assert all(torch.equal(cache[i], c.load(8000)) for i, c in enumerate(clips))
+
+
+def test_broken_files_of_ffmpeg(tmp_path):
+    data = encoded_by_ffmpeg(tmp_path / "x.m4a", "aac", tone(16000)[:, 0], 16000).read_bytes()
+    noise = random.Random(0)
+    for i, broken in enumerate(
+        [
+            b"",
+            b"junk" * 9,
+            data[:300],
+            data[:-300],
+            bytes(3000),
+            bytes.fromhex("0000001c667479704d344120") + bytes(3000),
+            *(bytes(b ^ (noise.random() < 0.02) * noise.randrange(256) for b in data) for _ in range(20)),
+        ]
+    ):
+        (tmp_path / f"{i}.m4a").write_bytes(broken)
+        try:
+            assert read_audio(tmp_path / f"{i}.m4a").isfinite().all()
+        except AudioError as e:
+            assert f"{i}.m4a: " in str(e) and "\n" not in str(e)
+    with pytest.raises(AudioError, match="0.m4a: "):
+        audio_info(tmp_path / "0.m4a")
+
+
+def test_a_video_without_sound(tmp_path):
+    av = pytest.importorskip("av", reason="needs the extra [formats]")
+    with av.open(str(tmp_path / "x.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=5, width=32, height=32)
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8))))
+        container.mux(stream.encode(None))
+    with pytest.raises(AudioError, match="x.mp4: holds no sound"):
+        read_audio(tmp_path / "x.mp4")
+
+
+@pytest.mark.parametrize("suffix", ["m4a", "aac", "webm", "mp4", "wma", "mka"])
+def test_without_pyav_the_remedy_is_named(tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr("act.audio._pyav", lambda: None)
+    path = tmp_path / f"my call.{suffix}"
+    path.write_bytes(bytes(100))
+    assert not decodable(path)
+    for reader in audio_info, read_audio, check_audio:
+        with pytest.raises(
+            AudioError,
+            match=rf"libsndfile cannot read .{suffix}: pip install 'act\[formats\]', or convert it: ffmpeg -i 'my call.{suffix}' 'my call.flac'",
+        ):
+            reader(path)
 
 
 # At least 1000 broken files

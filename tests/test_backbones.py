@@ -259,6 +259,110 @@ def test_any_length_is_embedded(name):
     assert backbone(torch.zeros(1, backbone.rate)).isfinite().all()
 
 
+SHORT = (1, 2, .005, .02, .024)      # one and two samples; seconds
+
+
+def assert_takes_short_clips(backbone):
+    """Alone, and among longer ones without a change."""
+    samples = [n if isinstance(n, int) else int(n * backbone.rate) for n in SHORT]
+    lengths = torch.tensor([*samples, backbone.rate])
+    x = .1 * torch.randn(len(lengths), backbone.rate, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        together = backbone(x, lengths)
+        for i, n in enumerate(lengths.tolist()):
+            alone = backbone(x[i:i + 1, :n])
+            assert alone.isfinite().all() and apart(together[i], alone[0]) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["log-mel", *(f"random:{name}" for name in WHEELS)])
+def test_clips_from_one_sample_up(name): assert_takes_short_clips(load_backbone(name))
+
+
+@pytest.mark.parametrize("kind", ["group_norm", "layer_norm", "wavlm"])
+def test_speech_transformers_take_clips_from_one_sample_up(kind):
+    assert_takes_short_clips(small_torchaudio(kind))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hugging_face_takes_clips_from_one_sample_up(hub, family):
+    assert_takes_short_clips(load_backbone(f"hf:{hub / family}"))
+
+
+def test_a_transformer_knows_the_shortest_clip_of_its_convolutions(tmp_path):
+    """25 ms is what the published ones need, and not every one."""
+    t = pytest.importorskip("transformers")
+    convolutions = dict(conv_dim=[16] * 3, conv_kernel=[20, 6, 3], conv_stride=[10, 4, 3])
+    positions = dict(num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2)
+    config = t.Wav2Vec2Config(**SIZES, **convolutions, **positions)
+    t.Wav2Vec2Model(config).save_pretrained(tmp_path)
+    t.Wav2Vec2FeatureExtractor(sampling_rate=8000).save_pretrained(tmp_path)
+    backbone = load_backbone(f"hf:{tmp_path}")
+    assert round(backbone.min_seconds * 8000) == 20 + 10 * 5 + 40 * 2
+    assert_takes_short_clips(backbone)
+    assert small_torchaudio("group_norm").min_seconds == .025
+
+
+@pytest.mark.parametrize("family", ["ast", "whisper", "clap"])
+def test_models_of_one_span_cost_the_same_whatever_the_clip(hub, family):
+    backbone = load_backbone(f"hf:{hub / family}")
+    seconds = backbone.computed_samples([1, backbone.rate, 99 * backbone.rate]) / backbone.rate
+    assert len(set(seconds)) == 1 and seconds[0] == dict(ast=10.24, whisper=30, clap=10)[family]
+
+
+@pytest.mark.parametrize("family", ["ast", "whisper"])
+def test_front_ends_of_hugging_face_work_under_autocast(hub, family):
+    backbone = load_backbone(f"hf:{hub / family}")
+    x, lengths = clips(16000, (1., .4))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16): rough = backbone(x, lengths)
+    with torch.no_grad(): assert F.cosine_similarity(rough.float(), backbone(x, lengths)).min() > .99
+
+
+class Windowed(Backbone):
+    """A backbone of one's own that does not say how short a clip may be."""
+    name, rate, dim = "windowed", 8000, 4
+
+    def __init__(self, kind="unfold"):
+        super().__init__()
+        self.kind = kind
+        self.net = torch.nn.Linear(80, 4) if kind == "unfold" else torch.nn.Conv1d(1, 4, 80, 40)
+
+    def frames(self, x, lengths):
+        if self.kind == "unfold": return self.net(x.unfold(1, 80, 80)), lengths // 80
+        return self.net(x[:, None]).transpose(1, 2), (lengths - 80) // 40 + 1
+
+
+@pytest.mark.parametrize("kind", ["unfold", "convolution"])
+@pytest.mark.parametrize("lengths", [[1], [79], [8000, 79], [40, 8000, 500]])
+def test_a_backbone_of_ones_own_names_a_clip_that_is_too_short(kind, lengths):
+    backbone, x = Windowed(kind), torch.zeros(len(lengths), max(lengths))
+    short = min(lengths)
+    with pytest.raises(BackboneError, match=f"a clip of {short} samples .*set Windowed.min_seconds") as error:
+        backbone(x, torch.tensor(lengths))
+    assert "\n" not in str(error.value)
+    backbone.min_seconds = .01
+    assert backbone(x, torch.tensor(lengths)).isfinite().all()
+
+
+def test_another_fault_of_a_backbone_is_not_called_a_short_clip():
+    class Broken(Windowed):
+        def frames(self, x, lengths): raise RuntimeError("of another kind")
+
+    with pytest.raises(RuntimeError, match="^of another kind$"): Broken()(torch.zeros(1, 100))
+    with pytest.raises(NotImplementedError, match="must implement frames"): Backbone()(torch.zeros(1, 100))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["log-mel", *(f"random:{name}" for name in WHEELS if name != "aisfx")])
+def test_other_types_of_weights_keep_the_embedding(name, dtype):
+    """The spectrogram is computed in float32, the network in its own type."""
+    x, lengths = clips(16000, (.5, .4))
+    backbone = load_backbone(name)
+    with torch.no_grad():
+        exact = backbone(x, lengths)
+        other = backbone.to(dtype)(x.to(dtype), lengths)
+    assert other.dtype in (torch.float32, dtype) and F.cosine_similarity(other.float(), exact).min() > .99
+
+
 @pytest.mark.parametrize("name", WHEELS)
 def test_half_precision_changes_little(name):
     backbone = load_backbone(f"random:{name}")

@@ -12,6 +12,8 @@ import pytest
 import soundfile as sf
 import torch
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from act.audio import Clip
 from act.manifest import Unavailable, load_manifest
@@ -279,6 +281,144 @@ def test_digest_depends_on_everything_and_nothing_else():
     assert a_task(clips=[Clip(f"/elsewhere/{i}.wav") for i in range(12)]).digest == base.digest     # where the files lie does not matter
 
 
+NAMES = ["a", "b", "c"] * 4
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        np.arange(12) % 3,
+        (np.arange(12) % 3).astype(np.int32),
+        (np.arange(12) % 3).astype(np.uint8),
+        (np.arange(12) % 3).tolist(),
+        (torch.arange(12) % 3).int(),
+        (torch.arange(12) % 3).double(),
+        (np.arange(12) % 3)[:, None],
+        NAMES,
+        np.array(NAMES),
+        np.array(NAMES, dtype=object),
+        pd.Series(NAMES, dtype="category"),
+        [torch.tensor(i % 3) for i in range(12)],
+    ],
+)
+def test_labels_of_any_make_are_the_same_task(labels):
+    task = a_task(labels=labels)
+    assert (
+        task.labels.dtype == torch.long
+        and task.digest == a_task().digest
+        and task.subset([1, 2]).labels.tolist() == [1, 2]
+    )
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        np.eye(3, dtype=bool)[np.arange(12) % 3],
+        np.eye(3)[np.arange(12) % 3].tolist(),
+        torch.eye(3, dtype=torch.bfloat16)[torch.arange(12) % 3],
+    ],
+)
+def test_rows_of_any_make_are_the_same_task(rows):
+    task = a_task(labels=rows)
+    assert (
+        task.labels.dtype == torch.float32
+        and task.multilabel
+        and task.digest == a_task(labels=torch.eye(3)[torch.arange(12) % 3]).digest
+    )
+
+
+def test_two_classes_as_true_and_false():
+    assert a_task(labels=[True, False] * 6, classes=("no", "yes")).labels.tolist() == [1, 0] * 6
+
+
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        ([0.0, 1.0, np.nan] * 4, "4 labels are NaN"),
+        ([0.0, 1.0, np.inf] * 4, "4 labels are NaN or infinite"),
+        ([0, 1, 0.5] * 4, "whole numbers"),
+        ([0, 1, None] * 4, "4 clips have no label"),
+        (["a", "b", ""] * 4, "4 clips have no label"),
+        (["a", "b", None] * 4, "4 clips have no label"),
+        (["a", "b", "d"] * 4, r"labels \['d'\] are none of the classes"),
+        ([0, 1, -1] * 4, "4 of them are not in 0 to 2"),
+        ([0, 1, 3] * 4, "4 of them are not in 0 to 2"),
+        ([0, 1, 2] * 3, "12 clips but 9 labels"),
+        ([[0], [1, 2]] * 6, "no array"),
+        (np.zeros((12, 3, 2)), r"shape \(12, 3, 2\)"),
+        (7, r"shape \(\)"),
+        (np.full((12, 3), 0.5), "only 0 and 1"),
+        (np.full((12, 3), np.nan), "36 labels are NaN"),
+        (np.zeros((12, 4)), "4 label columns but 3 classes"),
+        (np.zeros(12, complex), "type complex128"),
+        ([["a", "b"]] * 12, "rows of names"),
+    ],
+)
+def test_labels_that_are_none_are_refused_in_one_line(labels, message):
+    with pytest.raises(TaskError, match=message) as e:
+        a_task(labels=labels)
+    assert "\n" not in str(e.value) and str(e.value).startswith("task t: ")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(clips=["a.wav"] * 12), "one is 'a.wav'"),
+        (dict(classes=("a", "b", "b")), r"\['b'\] are named twice"),
+        (dict(split=["train"] * 11 + ["dev"]), "dev"),
+        (dict(clips=[], labels=[], split=[]), "it has no clips"),
+        (dict(groups=["g"]), "12 clips but 1 groups"),
+    ],
+)
+def test_other_parts_that_do_not_fit(change, message):
+    with pytest.raises(TaskError, match=message):
+        a_task(**change)
+
+
+@pytest.mark.parametrize("blank", [None, np.nan, "", "  ", float("nan"), pd.NA])
+def test_clips_without_a_group_are_groups_of_their_own(blank):
+    task = a_task(groups=["g", "g", "g", blank, blank, "h"] * 2)
+    assert task.groups[3] != task.groups[4] and len(set(task.groups)) == 6
+    assert (
+        a_task(groups=np.array([1, 2, 3] * 4)).groups.tolist()
+        == ["1", "2", "3"] * 4
+        == a_task(groups=torch.tensor([1, 2, 3] * 4)).groups.tolist()
+    )
+
+
+def test_require_names_every_empty_side():
+    a_task().require(*SPLITS)
+    a_task(split=["train"] * 12).require("train")
+    with pytest.raises(TaskError, match="task t: the split has no valid and no test clips; give it some"):
+        a_task(split=["train"] * 12).require(*SPLITS)
+    with pytest.raises(TaskError, match="choose train, valid, test"):
+        a_task().require("dev")
+
+
+@pytest.mark.parametrize("samples", [1, 2, 100, 128, 129, 255, 256, 1000])
+def test_pictures_take_clips_of_any_length(tmp_path, samples):
+    sf.write(tmp_path / "x.wav", np.random.default_rng(0).uniform(-0.1, 0.1, samples), 16000)
+    figure = a_task(
+        clips=[Clip(tmp_path / "x.wav", name=f"{i}") for i in range(12)],
+        classes=("a$b$", "$\\nonsense{$", "c"),
+        rate=16000,
+    ).show()
+    figure.canvas.draw()
+    assert all(ax.images for ax in figure.axes[2:])
+
+
+def test_pictures_of_clips_that_do_not_know_their_length():
+    class Beep:
+        key = "beep"
+
+        def load(self, rate):
+            return torch.ones(rate // 10)
+
+    task = a_task(clips=[Beep() for _ in range(12)])
+    task.show().canvas.draw()
+    assert np.isnan(task.summary()["hours"]).all()
+
+
 def test_unknown_tasks_name_their_neighbours():
     with pytest.raises(TaskError, match="unknown task 'asc-40': did you mean asc40") as e: load_task("asc-40")
     assert "\n" not in str(e.value)
@@ -342,7 +482,7 @@ def test_csv_task(own, tmp_path):
 
 def test_all_problems_at_once(own, tmp_path):
     (own/"cat"/"00.wav").write_bytes(b"meow")
-    rows = [("cat/00.wav", "cat"), ("cat/01.wav", ""), ("cat/02.wav", "cat"), ("cat/02.wav", "cat"), ("none.wav", "dog")]
+    rows = [("cat/00.wav", "cat"), ("cat/01.wav", ""), ("cat/02.wav", "cat"), ("cat/02.wav", "cat"), ("none.wav", "dog"), ("emu/00.wav", "emu")]
     pd.DataFrame(rows, columns=["file", "label"]).to_csv(tmp_path/"labels.csv", index=False)
     with pytest.raises(TaskError) as e: csv_task(tmp_path/"labels.csv", audio=own)
     for part in "cat/00.wav", "none.wav", "cat/02.wav: listed 2 times", "cat/01.wav: has no label", "and 1 more": assert part in str(e.value)
@@ -370,3 +510,105 @@ def test_rare_classes_reach_train_first():
     labels = torch.tensor([0] * 50 + [1] * 3 + [2])
     split = split_groups(labels)
     assert split[-1] == "train" and set(split[50:53]) == set(SPLITS)
+
+
+def empty_sides(split):
+    return set(SPLITS) - set(split.tolist())
+
+
+@pytest.mark.parametrize("speakers", [3, 4, 5, 6, 8])
+def test_a_few_speakers_fill_three_sides(speakers):
+    labels, groups = torch.arange(5).repeat(speakers * 4), np.arange(speakers).repeat(20)
+    for seed in range(20):
+        split = split_groups(labels, groups, seed=seed)
+        assert Counter(split.tolist()) == dict(train=20 * (speakers - 2), valid=20, test=20)
+        assert all(set(labels[split == side].tolist()) == set(range(5)) for side in SPLITS)
+    for draw in range(50):
+        rng = np.random.default_rng(draw)
+        groups = np.repeat(np.arange(speakers), rng.integers(3, 40, speakers))
+        split = split_groups(torch.from_numpy(rng.integers(0, 4, len(groups))), groups)
+        assert not empty_sides(split) and all(len(set(split[groups == g])) == 1 for g in range(speakers))
+        assert (split == "train").mean() > max((split == "valid").mean(), (split == "test").mean()) - 0.05
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.integers(1, 30), min_size=3, max_size=12), st.integers(1, 6), st.integers(0, 9), st.booleans()
+)
+def test_no_side_is_empty_whatever_the_groups(sizes, classes, seed, multi):
+    rng = np.random.default_rng(seed)
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    labels = rng.integers(0, classes, len(groups))
+    split = split_groups(
+        (rng.random((len(groups), classes + 1)) < 0.3).astype(float) if multi else labels, groups, seed=seed
+    )
+    assert not empty_sides(split) and all(len(set(split[groups == g])) == 1 for g in set(groups.tolist()))
+
+
+def test_one_speaker_with_most_of_the_clips():
+    groups = np.r_[np.zeros(380), np.arange(1, 21)]
+    for labels in np.arange(400) % 4, np.repeat([0, 1], 200):
+        split = split_groups(labels, groups)
+        assert split[0] == "train" and not empty_sides(split)
+
+
+def dealt(labels, groups, seed):
+    """The split before sides were filled: one group after the other, the rarest class first."""
+    shares, hot = dict(train=0.7, valid=0.15, test=0.15), np.eye(labels.max() + 1)[labels]
+    names, of = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
+    counts = np.zeros((len(names), hot.shape[1] + 1))
+    np.add.at(counts, of, np.c_[hot, np.ones(len(hot))])
+    total = counts.sum(0)
+    need = np.maximum(np.array(list(shares.values()))[:, None] * total, 1)
+    need[0] = np.maximum(total - need[1:].sum(0), 1)
+    rarest, side = np.where(counts > 0, total, np.inf).argmin(1), np.empty(len(names), dtype=int)
+    for g in np.lexsort((np.random.default_rng(seed).random(len(names)), total[rarest])):
+        side[g] = max(range(3), key=lambda s: (need[s, rarest[g]], need[s, -1]))
+        need[side[g]] -= counts[g]
+    return np.array(SPLITS)[side[of]]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(12, 80), st.integers(2, 8), st.integers(0, 99))
+def test_a_split_of_many_groups_is_what_it_always_was(groups, classes, seed):
+    rng = np.random.default_rng(seed)
+    of, labels = rng.integers(0, groups, 400), rng.integers(0, classes, 400)
+    before = dealt(labels, of, seed)
+    if not empty_sides(before):
+        assert (split_groups(torch.from_numpy(labels), of, seed=seed) == before).all()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lambda y: np.array(["dog", "cat", "owl"])[y],
+        lambda y: y - 1,
+        lambda y: y * 2**30,
+        lambda y: y.astype(float) * 0.5,
+        lambda y: y[:, None],
+        lambda y: y.astype(np.uint8),
+        lambda y: np.array([17, 54321, 2_000_001])[y].tolist(),
+        lambda y: y.astype(object),
+    ],
+)
+def test_split_groups_takes_any_labels(kind):
+    y = np.random.default_rng(0).integers(0, 3, 90)
+    expected = Counter(zip(y.tolist(), split_groups(torch.from_numpy(y)).tolist()))
+    assert Counter(zip(y.tolist(), split_groups(kind(y)).tolist())) == expected
+
+
+@pytest.mark.parametrize(
+    "labels, groups, message",
+    [
+        (torch.arange(6) % 2, [0, 0, 0, 1, 1, 1], "2 groups cannot fill 3 sides .train, valid, test."),
+        ([0, 1], None, "2 groups cannot fill"),
+        ([0, 1, np.nan, 1], None, "1 of 4 labels are missing"),
+        (["a", None, "b"], None, "1 of 3 labels are missing"),
+        (np.zeros((4, 2, 2)), None, "shape"),
+        ([0, 1, 0, 1], ["a"], "4 labels but 1 groups"),
+        ([["a", "b"]] * 4, None, "labels of type"),
+    ],
+)
+def test_split_groups_says_what_it_cannot_do(labels, groups, message):
+    with pytest.raises(TaskError, match=message):
+        split_groups(labels, groups)

@@ -1,5 +1,7 @@
 """Tuning as processes see it: data-parallel runs, checkpoints, gradient caching, bad audio."""
+import functools
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,7 +13,7 @@ import torch
 from act.backbones import load_backbone
 from act.losses import CLASSIFICATION_LOSSES
 from act.tasks import load_task
-from act.tuning import Augment, TuneConfig, TuningError, best_constant, tune
+from act.tuning import PRECISIONS, Augment, TuneConfig, TuningError, augmented, batches, best_constant, tune
 
 CONFIG = TuneConfig(passes=2, batch=64, augment=None, lr=1e-3)
 SCRIPT = """
@@ -121,9 +123,159 @@ torch.save(tuned.backbone.state_dict(), sys.argv[3])
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
 
 
+# ---------------------------------------------------------------- batches
+
+@pytest.mark.parametrize("clips, size, number", [
+    (95, 64, 2), (65, 64, 2), (64, 64, 1), (33, 32, 2), (1, 8, 1), (0, 8, 0), (1000, 3, 334)])
+@pytest.mark.parametrize("per_class", [None, 3])
+def test_no_batch_is_larger_than_asked(clips, size, number, per_class):
+    epoch = batches(torch.arange(clips) % 5, size, seed=0, epoch=1, per_class=per_class)
+    assert len(epoch) == number and all(1 <= len(b) <= size for b in epoch)
+    assert sorted(i for b in epoch for i in b) == list(range(clips))
+
+
+# ---------------------------------------------------------------- augmentation
+
+def held_clips(samples, kind):
+    """A clip of so many samples: a steady tone, a click at its start or end, or a tone that fades at once."""
+    t = torch.arange(float(samples))
+    if kind == "tone": return .3 * torch.cos(.3 * t)
+    if kind == "hit": return torch.exp(-t / 8) * torch.cos(t)
+    return (t == (0 if kind == "first" else samples - 1)).float()
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3, 80, 320, 800, 1600, 16000])
+@pytest.mark.parametrize("kind", ["tone", "first", "last", "hit"])
+def test_no_view_is_empty(samples, kind):
+    """From one sample up: without gain and noise a thousandth of the energy stays, of a tone a twentieth."""
+    torch.manual_seed(0)
+    rows = max(20, 2000 // max(1, samples // 80))
+    x, lengths = held_clips(samples, kind).repeat(rows, 1), torch.full((rows,), samples)
+    view, n = augmented(x, lengths, 16000, Augment(gain=0., snr=(200., 200.)))
+    share = view.square().sum(1) / x.square().sum(1)
+    assert (share > (.05 if kind == "tone" and samples > 80 else .0009)).all()
+    assert ((n >= (samples + 1) // 2) & (n <= samples)).all() and view.isfinite().all()
+    if kind == "tone" and samples >= 80: assert ((view.abs() > 1e-6).sum(1) >= .25 * samples).all()
+
+
+@pytest.mark.parametrize("width", [
+    dict(mask=1.), dict(band=1.), dict(shift=60.), dict(mask=1., band=1., shift=60.)])
+def test_even_the_widest_changes_leave_something(width):
+    torch.manual_seed(0)
+    x = held_clips(800, "tone").repeat(500, 1)
+    view, _ = augmented(x, torch.full((500,), 800), 16000, Augment(gain=0., snr=(200., 200.), **width))
+    assert (view.square().sum(1) > .0009 * x.square().sum(1)).all()
+
+
+def test_silence_stays_silence():
+    view, n = augmented(torch.zeros(50, 400), torch.full((50,), 400), 16000, Augment())
+    assert not view.any() and (n >= 200).all()
+
+
+def test_a_view_depends_on_its_clip_and_its_draws_alone():
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([1, 7, 80, 400, 3000, 4000, 9000])
+    x = torch.randn(7, 9000, generator=generator) * (torch.arange(9000) < lengths[:, None])
+    draws = torch.rand(7, 8, generator=generator, dtype=torch.float64)
+    together, n = augmented(x, lengths, 16000, Augment(), draws)
+    for i, length in enumerate(lengths):
+        alone, m = augmented(x[i:i + 1, :length], lengths[i:i + 1], 16000, Augment(), draws[i:i + 1])
+        assert n[i] == m[0] and not together[i, length:].any()
+        assert (together[i, :length] - alone[0]).abs().max() <= 1e-5 * alone.abs().max()
+
+
 def test_views_differ_and_stay_finite():
     torch.manual_seed(0)
-    from act.tuning import augmented
     x, lengths = torch.randn(8, 4000) * .1, torch.full((8,), 4000)
     a, b = (augmented(x, lengths, 16000, Augment())[0] for _ in range(2))
     assert not torch.equal(a, b) and np.isfinite(a.numpy()).all()
+
+
+# ---------------------------------------------------------------- settings
+
+NAN, INFINITY = float("nan"), float("inf")
+WRONG = {                            # what the message says of which values
+    "must be a finite number above 0": dict(
+        lr=[0, -1., NAN, INFINITY, None, True, "fast"], head_lr=[0., -1e-3, NAN], clip=[0, INFINITY],
+        temperature=[0, -.1, NAN], max_seconds=[0, -3, NAN, INFINITY]),
+    "must be a finite number of at least 0": dict(weight_decay=[-.1, NAN], checkpoint_minutes=[-1, NAN]),
+    "at least 0 and at most 1": dict(warmup=[1.5, -1, NAN]),
+    "must be a whole number of at least 1": dict(
+        batch=[0, -64, 64., None, True], passes=[0, 2.5, NAN], views=[0, 1.5], projection_dim=[0, 12.5],
+        per_class=[0, -2, 1.5], micro_batch=[0, 1.5], max_samples=[0, 1e6], patience=[0, 1.5]),
+    "must be a whole number of at least 0": dict(seed=[-1, 1.5, None, NAN]),
+    "it is text: write 0.001": dict(lr=["1e-3"], weight_decay=["1e-3"], max_seconds=["1e-3"]),
+    "it is text: write 64$": dict(batch=["64"], seed=["64"], per_class=["64"], max_samples=["64"]),
+    "choose one of 32-true, bf16-mixed, 16-mixed": dict(precision=["fp16", "bf16", 32, None]),
+    "choose 16-mixed or bf16-true": dict(precision=["16-true"]),
+    "choose one of contrastive": dict(method=["magic", None]),
+    "choose one of none": dict(projection=["conv", None]),
+    "must be None, an Augment": dict(augment=[True, "none", 3])}
+
+
+@pytest.mark.parametrize("field, value, expected", [
+    (field, value, text) for text, cases in WRONG.items() for field in cases for value in cases[field]])
+def test_a_setting_that_cannot_be_is_named_with_its_value(field, value, expected):
+    pattern = f"^{field}={re.escape(repr(value))}: .*{expected}"
+    with pytest.raises(TuningError, match=pattern) as error: TuneConfig(**{field: value})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change, expected", [
+    (dict(gain="6"), "augment.gain='6'.*write 6"), (dict(shift=-1), "augment.shift=-1"),
+    (dict(mask=2), "augment.mask=2.*at most 1"), (dict(band=NAN), "augment.band=nan"),
+    (dict(snr=10), "augment.snr=10: must be two numbers"), (dict(snr=(40, 10)), "the lowest comes first"),
+    (dict(snr=(1, "2")), "augment.snr='2'"), (dict(pitch=2), "no field 'pitch'")])
+def test_augmentation_that_cannot_be_is_named(change, expected):
+    with pytest.raises(TuningError, match=expected): TuneConfig(augment=change)
+
+
+def test_settings_of_numpy_and_of_json_are_taken():
+    config = TuneConfig(batch=np.int64(32), lr=np.float32(.01), seed=np.int32(3), augment=dict(snr=[5, 30]))
+    assert config.augment == Augment(snr=(5, 30)) and config.epochs == 6
+
+
+def test_a_batch_holds_the_views_of_a_clip():
+    with pytest.raises(TuningError, match="batch=2: must be at least the 3 views"):
+        TuneConfig(batch=2, views=3)
+    assert TuneConfig(batch=2, views=3, method="vanilla").copies == 1
+
+
+# ---------------------------------------------------------------- precisions
+
+@functools.cache
+def first_loss():
+    config = TuneConfig(passes=1, batch=8, lr=1e-4)
+    task = load_task("words-4").subset(range(24))
+    return tune(load_backbone("random:speech-embedding"), task, config, progress=False).log.loss[0]
+
+
+@pytest.mark.parametrize("precision, method", [
+    *((precision, "contrastive") for precision in PRECISIONS), ("bf16-true", "lp-ft")])
+def test_every_precision_tunes(precision, method):
+    """And leaves an encoder in single precision, with front ends that were never rounded."""
+    task = load_task("words-4").subset(range(24))
+    config = TuneConfig(method=method, passes=1, batch=8, lr=1e-4, precision=precision)
+    tuned = tune(load_backbone("random:speech-embedding"), task, config, progress=False)
+    assert np.isfinite(tuned.log.loss).all()
+    assert {p.dtype for part in (tuned.backbone, tuned.head) for p in part.parameters()} == {torch.float32}
+    mel = load_backbone("random:speech-embedding").mel
+    assert torch.equal(tuned.backbone.mel.window, mel.window)
+    assert torch.equal(tuned.backbone.mel.filters, mel.filters)
+    if method == "contrastive": assert tuned.log.loss[0] == pytest.approx(first_loss(), rel=.01)
+
+
+def test_a_precision_that_an_encoder_cannot_do_is_one_line():
+    class Picky(type(load_backbone("log-mel"))):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(()))
+
+        def frames(self, x, lengths):
+            h, counts = super().frames(x, lengths)
+            return h.to(self.dtype) @ torch.eye(64, dtype=torch.float32) * self.scale, counts
+
+    task = load_task("words-4").subset(range(24))
+    with pytest.raises(TuningError, match="precision='bf16-true' is not possible .*choose 32-true") as error:
+        tune(Picky(), task, TuneConfig(passes=1, precision="bf16-true"), progress=False)
+    assert "\n" not in str(error.value)

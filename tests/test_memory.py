@@ -1,0 +1,360 @@
+"""Long clips: batches that fit into memory, windows, and results that do not depend on either."""
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, strategies as st
+
+import act.embeddings as embeddings
+from act.audio import WaveCache
+from act.backbones import Backbone, BackboneError, load_backbone
+from act.embeddings import (EmbeddingError, batches_by_length, clip_windows, default_max_samples, embed,
+                            frozen_embeddings, rounded_length)
+from act.tasks import SPLITS, Task
+from act.tuning import TuneConfig, tune
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Noise:
+    """So many seconds of noise with a tone of its own."""
+    index: int
+    seconds: float
+
+    @property
+    def key(self): return f"noise {self.index} of {self.seconds} s"
+
+    def load(self, rate):
+        samples = max(1, round(self.seconds * rate))
+        noise = torch.randn(samples, generator=torch.Generator().manual_seed(self.index))
+        tone = torch.sin(torch.arange(samples) * (.05 + .01 * (self.index % 7)))
+        return .05 * noise + .2 * tone
+
+
+def task_of(seconds, multilabel=False, splits=SPLITS):
+    """A task of two classes whose clips have these lengths."""
+    index = torch.arange(len(seconds))
+    labels = torch.stack([index % 2, (index // 2) % 2], 1).float() if multilabel else index % 2
+    clips = [Noise(i, s) for i, s in enumerate(seconds)]
+    split = np.array(splits)[np.arange(len(seconds)) % len(splits)]
+    return Task("noises", clips, labels, ("even", "odd"), split, source="noise")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch): monkeypatch.setenv("ACT_CACHE", str(tmp_path / "cache"))
+
+
+def embedded(backbone, task, tmp_path, name, **options):
+    return np.array(embed(backbone, task, folder=tmp_path / name, progress=False, **options))
+
+
+# ---------------------------------------------------------------- batches and windows
+
+@given(st.lists(st.integers(1, 5000), max_size=60), st.integers(1, 70), st.integers(1, 9000))
+def test_every_clip_is_in_one_batch_that_fits(lengths, batch, max_samples):
+    groups = batches_by_length(lengths, batch, max_samples)
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    for group in groups:
+        longest = max(lengths[i] for i in group)
+        assert len(group) <= batch and (len(group) == 1 or len(group) * longest <= max_samples)
+
+
+def test_a_bound_that_is_not_reached_changes_no_batch():
+    lengths = np.random.default_rng(0).integers(1, 1000, 500)
+    bounded, free = (batches_by_length(lengths, 64, most) for most in (64 * 1000, None))
+    assert all(np.array_equal(a, b) for a, b in zip(bounded, free, strict=True))
+
+
+@given(st.integers(1, 10**7))
+def test_lengths_are_rounded_up_by_an_eighth_at_most(samples):
+    assert samples <= rounded_length(samples) <= max(samples, 1.125 * samples)
+
+
+@given(st.lists(st.integers(1, 500), max_size=20), st.integers(1, 600))
+def test_windows_cover_every_clip_once(lengths, size):
+    covered = [[] for _ in lengths]
+    for clip, start, length in zip(*clip_windows(lengths, size)):
+        covered[clip] += range(start, start + length)
+        assert 1 <= length <= size
+    assert covered == [list(range(n)) for n in lengths]
+
+
+# ---------------------------------------------------------------- the bound
+
+def test_what_an_encoder_keeps_decides_the_bound():
+    """From 5 MB for a second of speech-embedding to 17 MB of musicnn; nothing of log-mel."""
+    def seconds(name):
+        backbone = load_backbone(name)
+        return default_max_samples(backbone, CPU) / backbone.rate
+
+    assert seconds("log-mel") > 1000 > seconds("random:speech-embedding") > seconds("random:musicnn-vgg")
+    assert seconds("random:musicnn-vgg") > seconds("random:musicnn") > 30
+
+
+def test_the_bound_is_the_same_every_time_and_lower_only_where_memory_is_short(monkeypatch):
+    backbone, random_state = load_backbone("random:musicnn-vgg"), torch.get_rng_state()
+    usual = default_max_samples(backbone, CPU)
+    assert usual == default_max_samples(backbone, CPU) and torch.equal(random_state, torch.get_rng_state())
+    most = embeddings.CPU_BYTES
+    for free, expected in ((64 * 2**30, usual), (2 * most, usual), (most, usual / 2), (0, 1)):
+        monkeypatch.setattr(embeddings, "_free_bytes", lambda device, free=free: free)
+        assert default_max_samples(backbone, CPU) == pytest.approx(expected, abs=1)
+
+
+def test_a_part_that_is_not_tuned_keeps_nothing():
+    whole, top = (default_max_samples(load_backbone("random:aisfx", trainable=t), CPU) for t in ("all", 1))
+    assert top > 1.5 * whole
+
+
+def test_a_container_has_no_more_than_its_limit(tmp_path):
+    assert embeddings._container_bytes(tmp_path) == float("inf")
+    (tmp_path / "memory.stat").write_text("anon 300\nfile 5000\n")
+    for limit, left in (("max\n", float("inf")), ("1000\n", 700)):
+        (tmp_path / "memory.max").write_text(limit)
+        assert embeddings._container_bytes(tmp_path) == left
+
+
+class Spy(Backbone):
+    """Remembers the shapes it is given."""
+    name, rate, dim, min_seconds = "spy", 8000, 8, .01
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.shapes = torch.nn.Linear(80, 8), []
+
+    def frames(self, x, lengths):
+        self.shapes.append(tuple(x.shape))
+        return self.net(x.unfold(1, 80, 80)).square().add(1e-2).log(), lengths // 80
+
+    def costs(self):
+        """Most rows times length, and most rows, since the last call; the second that measures it left out."""
+        shapes = [shape for shape in self.shapes if shape != (1, self.rate)]
+        self.shapes = []
+        return max(b * t for b, t in shapes), max(b for b, _ in shapes)
+
+
+MIXED = [.1, .12, .3, 2., .05, .1, .4, .25, .11, .1, 1., .3, .2, .1, .15, .1, .1, .6]
+
+
+def test_no_batch_exceeds_the_bound(tmp_path):
+    """Where a clip alone does, it goes alone; two views of it go one after the other."""
+    task = task_of(MIXED, splits=("train", "train", "valid"))
+    longest = 2 * 8000
+    for most in (longest, longest // 3, 1):
+        spy = Spy()
+        embedded(spy, task, tmp_path, f"bound {most}", max_samples=most)
+        assert spy.costs()[0] <= max(most, rounded_length(longest))
+        tune(spy, task, TuneConfig(passes=2, batch=16, max_samples=most, patience=1), progress=False)
+        assert spy.costs()[0] <= max(most, rounded_length(longest))
+        cropped = TuneConfig(passes=2, batch=16, max_samples=most, max_seconds=.1, method="lp-ft")
+        tune(spy, task, cropped, progress=False)
+        assert spy.costs()[0] <= max(most, rounded_length(800))
+
+
+def test_a_micro_batch_has_no_more_rows_than_asked():
+    spy = Spy()
+    tune(spy, task_of(MIXED), TuneConfig(passes=2, batch=12, micro_batch=5), progress=False)
+    assert spy.costs()[1] == 4      # twelve rows in three parts, of which none exceeds five
+
+
+# ---------------------------------------------------------------- the same results
+
+COMPANY = [.0001, .005, .02, .3, 1., .04, 2.6, .0001, .7, 1.6]        # seconds; two have but some samples
+
+
+@pytest.mark.parametrize("name", [
+    "log-mel", *(f"random:{n}" for n in ("speech-embedding", "musicnn-vgg", "musicnn", "aisfx", "ge2e"))])
+def test_a_clip_embeds_the_same_in_any_company(name, tmp_path):
+    backbone, task = load_backbone(name), task_of(COMPANY)
+    together = embedded(backbone, task, tmp_path, "together")
+    assert np.isfinite(together).all()
+    singles = [embedded(backbone, task.subset([i]), tmp_path, f"alone {i}") for i in range(len(task))]
+    alone = np.concatenate(singles)
+    crowded = embedded(backbone, task.subset([6, 1, 1, 0]), tmp_path, "crowded")
+    cut = embedded(backbone, task, tmp_path, "cut", max_samples=1)
+    scale = np.abs(alone).max(1)
+    for other, rows in ((together, slice(None)), (cut, slice(None)), (crowded, [6, 1, 1, 0])):
+        assert (np.abs(other - alone[rows]).max(1) <= 1e-5 * scale[rows]).all()
+
+
+@pytest.mark.parametrize("name", ["log-mel", "random:speech-embedding", "random:musicnn-vgg"])
+@pytest.mark.parametrize("max_seconds", [.5, .3])
+def test_windows_are_averaged_by_their_length(name, max_seconds, tmp_path):
+    backbone, task = load_backbone(name), task_of(COMPANY)
+    windowed = embedded(backbone, task, tmp_path, "windowed", max_seconds=max_seconds)
+    waves = task.waveforms(backbone.rate)
+    for i in (2, 4, 6):
+        parts = waves[i].split(round(max_seconds * backbone.rate))
+        with torch.no_grad(): expected = sum(len(p) * backbone(p[None])[0] for p in parts) / len(waves[i])
+        assert np.abs(windowed[i] - expected.numpy()).max() <= 1e-5 * expected.abs().max()
+
+
+def test_windows_have_a_file_of_their_own_and_bounds_have_not(tmp_path):
+    backbone, task = load_backbone("log-mel"), task_of(COMPANY)
+    bounds, windows = (dict(max_samples=5000), dict(batch=3)), (dict(max_seconds=s) for s in (1, 1., .5))
+    for options in ({}, *bounds, *windows): embed(backbone, task, folder=tmp_path, progress=False, **options)
+    assert len(list(tmp_path.glob("*.npy"))) == 3
+
+
+@pytest.mark.parametrize("field, value", [
+    *(("batch", v) for v in (0, 2., None, True, "64")), *(("max_samples", v) for v in (0, -1, 1e6, "1")),
+    *(("max_seconds", v) for v in (0, -1., float("nan"), float("inf"), "10"))])
+def test_settings_that_cannot_be_are_named(field, value):
+    with pytest.raises(EmbeddingError, match=f"^{field}={value!r}: must be") as error:
+        embed(load_backbone("log-mel"), task_of([1.]), **{field: value})
+    assert "\n" not in str(error.value)
+
+
+def test_no_clips_have_no_embeddings():
+    waves = task_of([1.]).waveforms(16000)
+    assert frozen_embeddings(load_backbone("log-mel"), waves, [], 64, CPU).shape == (0, 128)
+
+
+@pytest.mark.parametrize("multilabel, options", [
+    (False, dict(method="contrastive")), (False, dict(method="contrastive", views=3, micro_batch=4)),
+    (False, dict(method="vanilla")), (False, dict(method="vanilla", augment=None)),
+    (True, dict(method="contrastive", loss="jaccard")), (True, dict(method="contrastive", loss="mulsupcon")),
+    (True, dict(method="vanilla", loss="bce")), (True, dict(method="vanilla", loss="asymmetric"))])
+def test_a_bound_changes_no_loss_beyond_rounding(multilabel, options):
+    """Views included: what a row becomes does not depend on its batch. (LP-FT's fit of a head magnifies rounding.)"""
+    task = task_of(MIXED, multilabel, splits=("train", "train", "valid"))
+    config = TuneConfig(passes=6, batch=12, lr=1e-3, patience=5, **options)
+    whole, cut = (tune(Spy(), task, replace(config, max_samples=m), progress=False) for m in (10**9, 3000))
+    for column in ("loss", "valid_loss"):
+        assert np.allclose(whole.log[column], cut.log[column], rtol=1e-4, equal_nan=True)
+    start, one, other = (backbone.net.weight for backbone in (Spy(), whole.backbone, cut.backbone))
+    assert 0 < (one - start).norm() and (one - other).norm() < .02 * (one - start).norm()
+
+
+def test_a_bound_gives_the_gradient_of_the_whole_batch(monkeypatch):
+    """Before Adam magnifies anything, and through a real network."""
+    task, gradients = task_of(MIXED), []
+
+    def keep(self, model, optimiser, **options):
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+
+    monkeypatch.setattr("lightning.fabric.Fabric.clip_gradients", keep)
+    for most in (10**9, 16000):
+        config = TuneConfig(passes=1, batch=24, max_samples=most)
+        tune(load_backbone("random:musicnn-vgg"), task, config, progress=False)
+    assert len(gradients) == 2 and (gradients[0] - gradients[1]).norm() < 1e-3 * gradients[0].norm()
+
+
+def test_long_clips_are_cropped_anew_in_every_view(monkeypatch):
+    read, starts = WaveCache.batch, [set(), set(), set(), set()]
+
+    def batch(self, indices, start, samples):
+        for i, s in zip(indices.tolist(), start.tolist()): starts[i].add(s)
+        assert (start + samples <= self.lengths.numpy()[indices]).all()
+        return read(self, indices, start, samples)
+
+    monkeypatch.setattr(WaveCache, "batch", batch)
+    spy, task = Spy(), task_of([.1, 1., 1.5, .1], splits=("train",))
+    tune(spy, task, TuneConfig(passes=10, batch=8, max_seconds=.1, augment=None), progress=False)
+    assert starts[0] == starts[3] == {0} and len(starts[1]) >= 8 and len(starts[2]) >= 8      # ten views each
+    assert spy.costs() == (8 * 800, 8)
+
+
+def test_crops_follow_from_the_seed():
+    task = task_of([.1, 1., 1.5, .1], splits=("train",))
+    config = TuneConfig(passes=4, batch=8, max_seconds=.1)
+    first, again, other = (tune(Spy(), task, replace(config, seed=s), progress=False).log.loss.tolist() for s in (0, 0, 1))
+    assert first == again and first != other
+
+
+def test_a_clip_that_is_too_short_is_named_before_the_first_step():
+    class Hasty(Spy): min_seconds = 0.
+
+    stepped = lambda *_: pytest.fail("a step was taken")
+    with pytest.raises(BackboneError, match="a clip of 40 samples .*set Hasty.min_seconds") as error:
+        tune(Hasty(), task_of([1.] * 40 + [.005], splits=("train",)), TuneConfig(batch=4), progress=False, callback=stepped)
+    assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------- memory itself
+
+PEAK = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+from act.backbones import load_backbone
+from act.embeddings import embed
+from act.probes import dual_probe
+from act.tuning import TuneConfig, tune
+from test_memory import task_of
+torch.set_num_threads(1)
+options = {options!r}
+backbone, task = load_backbone("random:musicnn-vgg"), task_of({seconds!r})
+with torch.no_grad(): backbone(torch.zeros(1, 16000))
+before = peak()
+tune(backbone, task, TuneConfig(**options), progress=False)
+z = embed(backbone, task, progress=False, **{{k: v for k, v in options.items() if k == "max_samples"}})
+rows = [task.indices(s) for s in ("train", "valid", "test")]
+if len(task) > 30: dual_probe(*[(z[r], task.labels[r].numpy()) for r in rows], n_resamples=0)
+print(before, peak())
+"""
+
+
+def measured(peak_memory, repo, seconds, **options):
+    """Bytes before, and at the peak of, tuning and embedding clips of so many seconds in a process of its own."""
+    script = peak_memory + PEAK.format(tests=str(repo / "tests"), seconds=seconds, options=options)
+    env = os.environ | dict(OMP_NUM_THREADS="1")
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=env, cwd=repo).stdout
+    return map(int, out.split()[-2:])
+
+
+def test_a_long_clip_costs_its_own_length(peak_memory, repo):
+    """One of 6 s among seventeen of a quarter, a third to train on: padded, a batch would keep over a gigabyte."""
+    before, after = measured(peak_memory, repo, [6.] + [.25] * 17, passes=2, batch=12, max_samples=6 * 16000)
+    assert after - before < .4e9
+
+
+@pytest.mark.slow
+def test_five_clips_of_a_minute_among_two_hundred_of_a_second(peak_memory, repo):
+    """With the defaults; once this took more than 20 GB."""
+    _, after = measured(peak_memory, repo, [1.] * 200 + [60.] * 5, passes=2)
+    assert after < 4e9
+
+
+# ---------------------------------------------------------------- processes
+
+JOB = """
+import sys
+sys.path.insert(0, {tests!r})
+import numpy as np, torch
+from act.embeddings import embed, default_fabric
+from act.tuning import TuneConfig, tune
+from test_memory import MIXED, Spy, task_of
+fabric = default_fabric()
+task = task_of(MIXED, splits=("train", "train", "valid"))
+config = TuneConfig(method=sys.argv[1], passes=4, batch=12, max_samples=40000, augment=None)
+tuned = tune(Spy(), task, config, fabric=fabric, progress=False)
+z = np.array(embed(Spy(), task, fabric=fabric, progress=False, max_samples=4000, max_seconds=.5))
+if fabric.is_global_zero: torch.save((tuned.backbone.state_dict(), z), sys.argv[2])
+fabric.barrier()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["contrastive", "vanilla"])
+def test_processes_with_different_shares_of_the_long_clips_tune_like_one(method, tmp_path, repo):
+    """One rank's rows fit into memory while the other's do not: both take the same path, and none waits for ever."""
+    script = tmp_path / "job.py"
+    script.write_text(JOB.format(tests=str(repo / "tests")))
+    path = os.pathsep.join([str(repo), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=path)
+    launch, results = [sys.executable, "-m", "torch.distributed.run", "--standalone"], []
+    for world in (1, 2):
+        command = [*launch, f"--nproc_per_node={world}", script, method, tmp_path / "out.pt"]
+        subprocess.run(command, env=env, check=True, timeout=300)
+        results.append(torch.load(tmp_path / "out.pt", weights_only=False))
+    (one, z), (two, z2) = results
+    moved = (one["net.weight"] - Spy().net.weight).norm()
+    assert (one["net.weight"] - two["net.weight"]).norm() < .05 * moved
+    assert np.allclose(z, z2, rtol=1e-5, atol=1e-6)
