@@ -72,7 +72,7 @@ def load_manifest(path=None):
     ManifestError
         If the file is missing, is not YAML, or an entry lacks a required key.
     """
-    path = Path(path or _manifest_path())
+    path = full_path(path or _manifest_path())
     if not path.is_file(): raise ManifestError(f"no manifest at {path}: point ACT_MANIFEST to a data_manifest.yaml")
     return _parse(str(path), path.stat().st_mtime_ns)
 

@@ -708,6 +708,7 @@ def differing_files(folder, published=None):
     list of str
         Names of files: CSV, Markdown and LaTeX.
     """
+    folder = full_path(folder)
     derived = derived_tables(folder)
     if Path(folder, "claims.csv").exists(): derived |= claims(recorded(folder), derived)
     return [path.name for name, long in derived.items() for path, follows in _checks(Path(folder, name), long, published) if not (path.exists() and follows(path.read_text(encoding="utf-8")))]

@@ -920,7 +920,7 @@ def tensorboard(folder):
     """
     try: from torch.utils.tensorboard import SummaryWriter
     except ImportError: raise TuningError("tensorboard is not installed: pip install 'act[log]'") from None
-    writer = SummaryWriter(str(folder))
+    writer = SummaryWriter(str(full_path(folder)))
 
     def write(row, model):
         for name, value in row.items():
