@@ -19,7 +19,7 @@ import torchaudio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from act.audio import AudioError, Clip, Mixture, WaveCache, audio_info, collate, fit_length, read_audio, resample
+from act.audio import AudioError, Clip, Mixture, WaveCache, audio_info, collate, read_audio, resample
 
 
 def tone(rate=16000, seconds=.5, channels=1, hz=440.):
@@ -77,14 +77,6 @@ def test_resample_of_unrelated_rates_stays_small():
     x = torch.from_numpy(tone(44099, 1.)[:, 0].astype(np.float32))
     y = resample(x, 44099, 16000)
     np.testing.assert_allclose(y[500:-500], tone(16000, 1.)[500:len(y) - 500, 0], atol=2e-3)
-
-
-@given(st.integers(1, 50), st.integers(1, 50), st.sampled_from(["crop", "pad", "loop"]), st.one_of(st.none(), st.integers(0, 99)))
-def test_fit_length_gives_the_length(have, want, how, seed):
-    x = torch.arange(1., have + 1)
-    y = fit_length(x, want, how, None if seed is None else torch.Generator().manual_seed(seed))
-    assert len(y) == (min(have, want) if how == "crop" else want)
-    assert set(y.tolist()) <= {0., *x.tolist()} and (how == "pad" or 0. not in y)
 
 
 def test_collate_keeps_every_sample():
