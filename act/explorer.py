@@ -433,15 +433,13 @@ def _tuning_states(backbone, task, config, progress):
     """{name: weights}: frozen, and after each epoch of tuning."""
     labels = task.labels[task.indices("train")]
     steps = len(batches(labels, max(1, config.batch // config.copies), config.seed, 0, config.per_class))
-    states, calls = {}, iter(range(2**62))
+    states = {"frozen": _weights(backbone)}
 
-    def remember(module, _):
-        if module.training and (step := next(calls)) % steps == 0: states[f"epoch {step // steps}" if step else "frozen"] = _weights(module)
+    def remember(row, model):
+        if (row["step"] + 1) % steps == 0: states[f"epoch {row['epoch'] + 1}"] = _weights(backbone)
 
-    hook = backbone.register_forward_pre_hook(remember)
-    try: tune(backbone, task, replace(config, micro_batch=None), progress=progress)
-    finally: hook.remove()
-    return states | {f"epoch {len(states)}": _weights(backbone)}
+    log = tune(backbone, task, config, progress=progress, callback=remember).log
+    return states | {f"epoch {log.epoch.iloc[-1] + 1}": _weights(backbone)}
 
 
 def _some(task, clips, seed):

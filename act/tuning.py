@@ -39,9 +39,10 @@ class TuningError(ActError):
     "Tuning was asked for something it cannot do, or the loss became NaN or infinite."
 
 # %% ../nbs/api/06_tuning.ipynb #tun00070b
-def _check_whole(name, value, least):
-    if isinstance(value, Integral) and not isinstance(value, bool) and value >= least: return
-    raise TuningError(f"{name}={value!r}: must be a whole number of at least {least}{_as_number(value)}")
+def _check_whole(name, value, least, most=2**63 - 1):
+    if isinstance(value, Integral) and not isinstance(value, bool) and least <= value <= most: return
+    upper = "" if not isinstance(value, Integral) or value <= most else f" and at most {most}"
+    raise TuningError(f"{name}={value!r}: must be a whole number of at least {least}{upper}{_as_number(value)}")
 
 
 def _check_real(name, value, least=0., most=math.inf, open_end=False):
@@ -653,6 +654,7 @@ class _Loop:
         self.max_samples = config.max_samples
         self.loss_name, self.criterion = criterion_of(config, task.multilabel)
         self.identity = _run_identity(backbone, task, config, fabric) if self.folder else None
+        self.order = self._order()
         torch.manual_seed(config.seed)
         backbone.to(fabric.device)
         self._try_shortest()
@@ -662,7 +664,6 @@ class _Loop:
         self._try_precision(tunable)
         backbone.train()
         with fabric.autocast(): self.max_samples = samples_per_batch(backbone, fabric, config.max_samples)
-        self.order = self._order()
         self.step, self.log, self.best = 0, [], None
         if self.folder is not None and (self.folder / CHECKPOINT).exists(): _load_checkpoint(self)
 
@@ -672,6 +673,10 @@ class _Loop:
         size = max(1, config.batch // config.copies)
         order = [(epoch, rows) for epoch in range(config.epochs)
                  for rows in batches(labels, size, config.seed, epoch, config.per_class)]
+        fewest, world = min((len(rows) for _, rows in order), default=0), self.fabric.world_size
+        if fewest < world:
+            raise TuningError(f"{self.task.name}: a step of {fewest} training clips is too small for {world} "
+                              "process(es): add clips, raise batch, or use fewer processes")
         steps = round(len(order) * config.passes / (config.copies * config.epochs))
         return order[:max(1, steps)]
 

@@ -15,7 +15,7 @@ from act.backbones import Backbone, BackboneError, load_backbone
 from act.embeddings import (EmbeddingError, batches_by_length, clip_windows, default_max_samples, embed,
                             frozen_embeddings, rounded_length)
 from act.tasks import SPLITS, Task
-from act.tuning import TuneConfig, tune
+from act.tuning import TuneConfig, TuningError, tune
 
 CPU = torch.device("cpu")
 
@@ -277,6 +277,11 @@ def test_a_clip_that_is_too_short_is_named_before_the_first_step():
     assert "\n" not in str(error.value)
 
 
+def test_a_task_without_training_clips_is_named():
+    with pytest.raises(TuningError, match="noises: a step of 0 training clips"):
+        tune(Spy(), task_of([1., 1.], splits=("test",)), progress=False)
+
+
 # ---------------------------------------------------------------- memory itself
 
 PEAK = """
@@ -286,7 +291,7 @@ import torch
 from act.backbones import load_backbone
 from act.embeddings import embed
 from act.probes import dual_probe
-from act.tuning import TuneConfig, tune
+from act.tuning import TuneConfig, TuningError, tune
 from test_memory import task_of
 torch.set_num_threads(1)
 options = {options!r}
@@ -329,7 +334,7 @@ import sys
 sys.path.insert(0, {tests!r})
 import numpy as np, torch
 from act.embeddings import embed, default_fabric
-from act.tuning import TuneConfig, tune
+from act.tuning import TuneConfig, TuningError, tune
 from test_memory import MIXED, Spy, task_of
 fabric = default_fabric()
 task = task_of(MIXED, splits=("train", "train", "valid"))

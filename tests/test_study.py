@@ -137,7 +137,7 @@ def test_out_of_memory_is_recorded_and_the_others_go_on(tmp_path, own_cache):
     code = """
 in_use = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData"))
 resource.setrlimit(resource.RLIMIT_DATA, (1024 * in_use + 2 ** 30,) * 2)
-records = study([run("vanilla"), run("contrastive", views=8000), run("lp-ft"), Run("words-4", "log-mel")], sys.argv[1])
+records = study([run("vanilla"), run("contrastive", views=8000, batch=8000, max_samples=10**12), run("lp-ft"), Run("words-4", "log-mel")], sys.argv[1])
 print(json.dumps([(r["status"], r.get("error")) for r in records]))
 """
     code, said = ended(script(code, own_cache, tmp_path / "store"))

@@ -204,6 +204,7 @@ WRONG = {                            # what the message says of which values
         batch=[0, -64, 64., None, True], passes=[0, 2.5, NAN], views=[0, 1.5], projection_dim=[0, 12.5],
         per_class=[0, -2, 1.5], micro_batch=[0, 1.5], max_samples=[0, 1e6], patience=[0, 1.5]),
     "must be a whole number of at least 0": dict(seed=[-1, 1.5, None, NAN]),
+    "at least 0 and at most 9223372036854775807": dict(seed=[2**63, 2**80]),
     "it is text: write 0.001": dict(lr=["1e-3"], weight_decay=["1e-3"], max_seconds=["1e-3"]),
     "it is text: write 64$": dict(batch=["64"], seed=["64"], per_class=["64"], max_samples=["64"]),
     "choose one of 32-true, bf16-mixed, 16-mixed": dict(precision=["fp16", "bf16", 32, None]),
