@@ -314,6 +314,7 @@ def _geometry(z, labels):
 def _execute(run, work, progress=False):
     started, task = time.perf_counter(), _task(run.task)
     task.require(*SPLITS)
+    task.require(*SPLITS)
     embedded, losses = _tuned_embedding(run, task, work, progress)
     tuned_at, z, rows = time.perf_counter(), np.asarray(embedded), {s: task.indices(s) for s in SPLITS}
     if not np.isfinite(z).all(): raise StudyError(f"{run}: the embedding holds NaN or infinity: {'check the encoder and the audio' if run.config is None else 'lower lr'}")

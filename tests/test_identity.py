@@ -338,7 +338,7 @@ import sys
 import joblib
 import torch
 from act.backbones import Backbone, load_backbone, register_backbone
-from act.losses import contrastive_loss
+from act.losses import register_loss
 from act.study import Run, Store, execute_all
 from act.tasks import load_task, register_task
 import my_layers
@@ -357,8 +357,12 @@ def mine(pretrained=True): return Mine()
 @register_task("my-words")
 def my_words(): return load_task("words-4")
 
+@register_loss("my-loss")
+def my_weights(labels): return my_layers.squared(labels @ labels.T)
+
 def main(folder, jobs, scheduler=None):
-    runs = [Run("my-words", "mine"), *(Run("my-words", "mine", "vanilla", s, dict(passes=1)) for s in (0, 1))]
+    runs = [Run("my-words", "mine"), Run("my-words", "mine", "vanilla", 0, dict(passes=1)),
+            Run("my-words", "mine", "contrastive", 0, dict(passes=1, loss="my-loss"))]
     if scheduler is None: return execute_all(runs, Store(folder), jobs=jobs, progress=False)
     from dask.distributed import Client
     with Client(scheduler), joblib.parallel_config(backend="dask"): return execute_all(runs, Store(folder), jobs=jobs, progress=False)
