@@ -62,7 +62,7 @@ class Noise:
     def load(self, rate): return torch.randn(rate * (50 + self.index * 37 % 100) // 150, generator=torch.Generator().manual_seed(self.index))
 
 
-def noises(n): return Task(f"noise-{n}", [Noise(i) for i in range(n)], torch.arange(n) % 2, ("even", "odd"), np.array(SPLITS)[np.arange(n) % len(SPLITS)], source="noise")
+def noises(n): return Task(f"noise-{n}", [Noise(i) for i in range(n)], torch.arange(n) % 2, ("even", "odd"), np.array(SPLITS)[np.arange(n) % len(SPLITS)])
 
 
 def embedding(name, clips, device):

@@ -42,7 +42,7 @@ def task_of(seconds, multilabel=False, splits=SPLITS):
     labels = torch.stack([index % 2, (index // 2) % 2], 1).float() if multilabel else index % 2
     clips = [Noise(i, s) for i, s in enumerate(seconds)]
     split = np.array(splits)[np.arange(len(seconds)) % len(splits)]
-    return Task("noises", clips, labels, ("even", "odd"), split, source="noise")
+    return Task("noises", clips, labels, ("even", "odd"), split)
 
 
 @pytest.fixture(autouse=True)
