@@ -39,3 +39,12 @@ def real_cache(mirror, tmp_path_factory):
         m.setenv("ACT_CACHE", str(folder))
         m.setenv("ACT_ACCEPT", "all")
         yield folder
+
+
+INDEPENDENT = {"test_notebooks"}      # files whose tests share no fixture: their tests go to whichever process is free
+
+
+def pytest_collection_modifyitems(items):
+    """Keep the tests of a file in one process (`--dist loadgroup`), as they share fixtures; the independent ones come last."""
+    for item in items:
+        if item.path.stem not in INDEPENDENT: item.add_marker(pytest.mark.xdist_group(item.path.stem))
