@@ -139,6 +139,7 @@ def test_an_estimate_runs_nothing(tiny, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_every_notebook_makes_its_artefacts(tmp_path):
     (tmp_path / "every.yaml").write_text(yaml.safe_dump(EVERY))
     done = act("reproduce", "--profile", tmp_path / "every.yaml", "--results", tmp_path)

@@ -163,6 +163,7 @@ study(runs[1:], sys.argv[2])
 THREE = "study([Run('words-4', 'log-mel'), run('vanilla'), run('lp-ft')], sys.argv[1])"
 
 
+@pytest.mark.slow
 def test_full_disk_under_the_store(tmp_path, own_cache, disk):
     """It holds one record; the same study on a larger disk does the other two."""
     store = disk("4k") / "store"

@@ -100,6 +100,7 @@ def test_not_a_number_names_the_step():
     with pytest.raises(TuningError, match="step 0"): tune(Broken(), task, CONFIG, progress=False)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     """A process killed by SIGKILL between two checkpoints ends, resumed, where the uninterrupted one does."""
     script = tmp_path / "job.py"
