@@ -555,16 +555,12 @@ def fetch(names: List[str] = typer.Argument(None, help="Entries of data_manifest
     if reasons: raise FetchError(f"{len(failed)} of {len(table)} entries could not be fetched; {reasons}")
 
 # %% ../nbs/api/12_cli.ipynb #cli00026
-_SPELLINGS = {"train": "train training", "valid": "valid val validation dev",
-              "test": "test testing eval evaluation"}
-
-
 def _npz_arrays(path):
     """Those of the arrays embeddings, labels and split that an ``.npz`` holds."""
     import zlib
     from zipfile import BadZipFile
     import numpy as np
-    try: file = np.load(Path(path).expanduser(), allow_pickle=False)
+    try: file = np.load(full_path(path), allow_pickle=False)
     except OSError as error: raise ActError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, EOFError, BadZipFile): file = None
     if not isinstance(file, np.lib.npyio.NpzFile):
@@ -590,13 +586,14 @@ def _sides(names, count):
     """The side of every clip as train, valid or test, from their usual names."""
     import numpy as np
     from act.probes import check_labels
+    from act.tasks import SPELLINGS
     if np.ndim(names) > 2 or len(names) != count:
         raise ActError(f"split has the shape {np.shape(names)}; give one name for each of the {count} "
                        "embeddings")
-    usual = {spelling: side for side, spellings in _SPELLINGS.items() for spelling in spellings.split()}
+    usual = {spelling: side for side, spellings in SPELLINGS.items() for spelling in spellings}
     names = [str(name).strip().lower() for name in check_labels(names, "split")]
     if unknown := sorted(set(names) - set(usual)):
-        raise ActError(f"split {unknown[0]!r} is not known; use {', '.join(_SPELLINGS)}")
+        raise ActError(f"split {unknown[0]!r} is not known; use {', '.join(SPELLINGS)}")
     return np.array([usual[name] for name in names])
 
 
@@ -628,6 +625,7 @@ def read_embeddings(path):
         If the file is not such an ``.npz``; the message names the array and the row.
     """
     from act.probes import check_embeddings, check_labels
+    from act.tasks import SPELLINGS
     arrays = _npz_arrays(path)
     X = arrays["embeddings"]
     try:
@@ -636,11 +634,11 @@ def read_embeddings(path):
         if len(X) != len(y): raise ActError(f"{len(X)} embeddings but {len(y)} labels")
         split = _sides(arrays["split"], len(X)) if "split" in arrays else _drawn_sides(y)
     except ActError as error: raise ActError(f"{path}: {error}") from None
-    if missing := [side for side in _SPELLINGS if side not in split]:
+    if missing := [side for side in SPELLINGS if side not in split]:
         remedy = "every side needs clips"
         if "split" not in arrays: remedy = f"{len(y)} clips are too few to draw one; give a split"
         raise ActError(f"{path}: split has no {', '.join(missing)}; {remedy}")
-    return {side: (X[split == side], y[split == side]) for side in _SPELLINGS}
+    return {side: (X[split == side], y[split == side]) for side in SPELLINGS}
 
 # %% ../nbs/api/12_cli.ipynb #cli00202
 @app.command()

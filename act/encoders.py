@@ -472,6 +472,7 @@ def read_musicnn(index):
 # %% ../nbs/api/04a_encoders.ipynb #enc00046
 class MaskedGroupNorm(nn.GroupNorm):
     """Instance normalisation over the first `counts` frames of each clip: (B, C, F) -> (B, C, F). Set `counts` before the call."""
+    transient = ("counts",)      # of the last batch; not part of what the layer is
     counts = None
 
     @classmethod

@@ -496,6 +496,16 @@ def _verify_content(name, entry, folder):
     write_atomic(folder/LISTING, listing)
 
 # %% ../nbs/api/00_manifest.ipynb #man00060
+def _by_path(listing):
+    """A listing as path to SHA-256."""
+    return {path: digest for digest, path in (line.split("  ", 1) for line in listing.splitlines())}
+
+
+def _listed(folder):
+    """Path to SHA-256 of the files of a fetched entry."""
+    return _by_path((folder/LISTING).read_text(encoding="utf-8"))
+
+
 def weight_file(name, member=None):
     """The verified weight file of an entry.
 
@@ -516,8 +526,7 @@ def weight_file(name, member=None):
     ManifestError
         If the entry does not have that one file.
     """
-    listed = (fetch(name)/LISTING).read_text(encoding="utf-8").splitlines()
-    files = [line.split("  ", 1)[1] for line in listed]
+    files = list(_listed(fetch(name)))
     chosen = [f for f in files if member in (None, f)]
     if len(chosen) != 1: raise ManifestError(f"{name} holds {', '.join(files)}: name one of them as member")
     return fetch(name)/chosen[0]
@@ -540,8 +549,7 @@ def entry_file_digest(name):
     listing = folder/LISTING
     if not listing.is_file(): return file_digest
     verified = _last_change(listing)
-    lines = listing.read_text(encoding="utf-8").splitlines()
-    known = {str(folder/path): digest for digest, path in (line.split("  ", 1) for line in lines)}
+    known = {str(folder/path): digest for path, digest in _listed(folder).items()}
 
     def digest(path):
         path = os.fspath(path)
@@ -624,9 +632,9 @@ def verify(name):
     """
     entry, folder = manifest_entry(name), cache_dir()/name
     if not _is_fetched(folder, name, entry): raise FetchError(f"{name} has not been fetched, or its manifest entry has changed: fetch it first")
-    then = set((folder/LISTING).read_text(encoding="utf-8").splitlines())
-    now = set(_listing(folder, entry["content"].get("members") or entry["content"]["match"]).splitlines())
-    wrong = sorted({line.split("  ", 1)[1] for line in then ^ now})
+    then = _listed(folder)
+    now = _by_path(_listing(folder, entry["content"].get("members") or entry["content"]["match"]))
+    wrong = sorted({path for path, _ in then.items() ^ now.items()})
     if wrong: raise FetchError(f"{name}: {len(wrong)} files differ from what was fetched, such as {wrong[0]}: delete {folder} and fetch again")
     return len(now)
 

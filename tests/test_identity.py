@@ -438,3 +438,14 @@ def test_a_task_registered_again_is_another(registered, tmp_path):
         register_task("by-hand")(lambda task=task: task)
         keys.append(run_key(Run("by-hand", "log-mel")))
     assert keys[0] != keys[1]
+
+
+def test_a_layer_is_the_same_after_a_batch():
+    """What a masked layer keeps of its last batch does not name the encoder."""
+    from act.encoders import MaskedGroupNorm
+    layer = MaskedGroupNorm(2, 4)
+    before = core.state_of(layer)
+    layer.counts = torch.tensor([3, 5])
+    assert core.state_of(layer) == before
+    layer.eps = .1
+    assert core.state_of(layer) != before
