@@ -82,7 +82,7 @@ def fingerprint(backbone):
     """
     layers = dict.fromkeys(map(type, backbone.modules()))
     code = code_of(*layers, *_attached(backbone))
-    return content_of([backbone.rate, backbone.dim, backbone.options, state_of(backbone), code, libraries_of(backbone)])
+    return content_of([backbone.sample_rate, backbone.dim, backbone.options, state_of(backbone), code, libraries_of(backbone)])
 
 
 def _attached(network):
@@ -215,9 +215,9 @@ def default_max_samples(backbone, device):
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(0)
-        x = .1 * torch.randn(1, backbone.rate, device=device, dtype=backbone.dtype)
+        x = .1 * torch.randn(1, backbone.sample_rate, device=device, dtype=backbone.dtype)
         kept = _kept_bytes(backbone, x)
-    per_sample = max(LEAST_BYTES, kept / int(backbone.computed_samples([backbone.rate])[0]))
+    per_sample = max(LEAST_BYTES, kept / int(backbone.computed_samples([backbone.sample_rate])[0]))
     return max(1, int(_batch_bytes(device) / per_sample))
 
 # %% ../nbs/api/07_embeddings.ipynb #emb00107
@@ -299,7 +299,7 @@ def frozen_embeddings(backbone, waves, rows, batch, device, max_samples=None, ma
     if not len(rows): return torch.zeros(0, backbone.dim, device=device)
     if max_samples is None: max_samples = default_max_samples(backbone, device)
     lengths = waves.lengths.numpy()[rows]
-    clip, start, length = clip_windows(lengths, _window(max_seconds, backbone.rate))
+    clip, start, length = clip_windows(lengths, _window(max_seconds, backbone.sample_rate))
     total = 0
     for part in batches_by_length(_padded_cost(backbone, length), batch, max_samples):
         x, n = waves.batch(rows[clip[part]], start[part], length[part])
@@ -311,7 +311,7 @@ def frozen_embeddings(backbone, waves, rows, batch, device, max_samples=None, ma
     return total
 
 
-def _window(max_seconds, rate): return None if max_seconds is None else max(1, round(max_seconds * rate))
+def _window(max_seconds, sample_rate): return None if max_seconds is None else max(1, round(max_seconds * sample_rate))
 
 
 def _padded_cost(backbone, lengths):
@@ -321,7 +321,7 @@ def _padded_cost(backbone, lengths):
 # %% ../nbs/api/07_embeddings.ipynb #emb00012
 def _write_rows(path, backbone, waves, fabric, batch, max_samples, max_seconds, progress):
     out = np.load(path, mmap_mode="r+")
-    lengths = np.minimum(waves.lengths.numpy(), _window(max_seconds, backbone.rate) or np.inf)
+    lengths = np.minimum(waves.lengths.numpy(), _window(max_seconds, backbone.sample_rate) or np.inf)
     groups = batches_by_length(_padded_cost(backbone, lengths), batch, max_samples)
     mine = groups[fabric.global_rank::fabric.world_size]
     for rows in tqdm(mine, desc="embed", file=sys.stdout, mininterval=5, ncols=80, disable=not progress):
@@ -331,7 +331,7 @@ def _write_rows(path, backbone, waves, fabric, batch, max_samples, max_seconds, 
 
 
 def _compute(path, backbone, task, fabric, batch, max_samples, max_seconds, progress):
-    waves = task.waveforms(backbone.rate)
+    waves = task.waveforms(backbone.sample_rate)
     backbone.to(fabric.device).eval()
     with _all_trainable(backbone): max_samples = samples_per_batch(backbone, fabric, max_samples)
     temporary = path.with_name(f"{path.stem}.tmp")

@@ -83,7 +83,7 @@ def matmul_rate(device, n=8192):
 def measure(name, options, device):
     """All records of one backbone."""
     backbone = load_backbone(name, pretrained=not options.random and not own_builder(name)).to(device)      # speed needs no download
-    x = .1 * torch.randn(options.batch, int(options.seconds * backbone.rate), device=device)
+    x = .1 * torch.randn(options.batch, int(options.seconds * backbone.sample_rate), device=device)
     precision = torch.autocast(device.type, torch.bfloat16) if options.bf16 else contextlib.nullcontext()
     with precision:
         with torch.no_grad():

@@ -26,33 +26,33 @@ def timed(work):
     return time.perf_counter() - began
 
 
-def plain_loop(clips, rate):
+def plain_loop(clips, sample_rate):
     for c in clips:
         x, native = sf.read(c.path, dtype="float32", always_2d=True)
-        torchaudio.functional.resample(torch.from_numpy(x.mean(1)), native, rate)
+        torchaudio.functional.resample(torch.from_numpy(x.mean(1)), native, sample_rate)
 
 
-def build(clips, rate, workers, folder):
+def build(clips, sample_rate, workers, folder):
     """Decode, resample and write the cache from nothing."""
     shutil.rmtree(folder, ignore_errors=True)
     os.environ["ACT_CACHE"] = folder
-    return WaveCache.open(clips, rate, "0" * 64, workers=workers, progress=False)
+    return WaveCache.open(clips, sample_rate, "0" * 64, workers=workers, progress=False)
 
 
 def read_back(cache):
     for i in range(len(cache)): cache[i]
 
 
-def measure(task, rate, n, workers, repeats):
+def measure(task, sample_rate, n, workers, repeats):
     """Seconds for all clips: (ours, peer) to decode, (ours, peer) to read."""
     clips, original = load_task(task).clips[:n], os.environ.get("ACT_CACHE")
     folder = tempfile.mkdtemp()
-    plain_loop(clips[:64], rate); build(clips[:64], rate, workers, folder)          # warm up: files, filters, threads
+    plain_loop(clips[:64], sample_rate); build(clips[:64], sample_rate, workers, folder)          # warm up: files, filters, threads
     ours, peer, reading = [], [], []
     for _ in range(repeats):
-        peer.append(timed(lambda: plain_loop(clips, rate)))
-        ours.append(timed(lambda: build(clips, rate, workers, folder)))
-        cache = WaveCache.open(clips, rate, "0" * 64, progress=False)
+        peer.append(timed(lambda: plain_loop(clips, sample_rate)))
+        ours.append(timed(lambda: build(clips, sample_rate, workers, folder)))
+        cache = WaveCache.open(clips, sample_rate, "0" * 64, progress=False)
         reading.append(timed(lambda: read_back(cache)))
     shutil.rmtree(folder)
     if original is None: os.environ.pop("ACT_CACHE")
@@ -69,12 +69,12 @@ def main():
     device, peer_name = f"cpu, {os.cpu_count()} cores", "soundfile + torchaudio.functional.resample, one clip after the other"
     print(f"{'':28}{'ours':>12}{'peer':>12}{'ratio':>9}   (load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores)")
     records = []
-    for rate in a.rates:
-        n, ours, peer, reading = measure(a.task, rate, a.clips, a.workers, a.repeats)
-        suffix = "" if rate == a.rates[0] else f"@{rate}"
+    for sample_rate in a.rates:
+        n, ours, peer, reading = measure(a.task, sample_rate, a.clips, a.workers, a.repeats)
+        suffix = "" if sample_rate == a.rates[0] else f"@{sample_rate}"
         for what, t in (("decode", ours), ("cache-read", reading)):
             records.append(dict(name=f"{what}/{a.task}{suffix}", device=device, ours=n / t, peer=n / peer, peer_name=peer_name, ratio=peer / t,
-                                unit="clips/s", higher_is_better=True, clips=n, rate=rate))
+                                unit="clips/s", higher_is_better=True, clips=n, sample_rate=sample_rate))
             print(f"{records[-1]['name']:28}{n / t:>10.0f}/s{n / peer:>10.0f}/s{peer / t:>9.1f}")
     if a.json:
         with open(a.json, "w") as f: json.dump(records, f, indent=1)

@@ -59,7 +59,7 @@ class Noise:
     @property
     def key(self): return f"noise {self.index}"
 
-    def load(self, rate): return torch.randn(rate * (50 + self.index * 37 % 100) // 150, generator=torch.Generator().manual_seed(self.index))
+    def load(self, sample_rate): return torch.randn(sample_rate * (50 + self.index * 37 % 100) // 150, generator=torch.Generator().manual_seed(self.index))
 
 
 def noises(n): return Task(f"noise-{n}", [Noise(i) for i in range(n)], torch.arange(n) % 2, ("even", "odd"), np.array(SPLITS)[np.arange(n) % len(SPLITS)])
@@ -68,7 +68,7 @@ def noises(n): return Task(f"noise-{n}", [Noise(i) for i in range(n)], torch.ara
 def embedding(name, clips, device):
     """Embed so many clips, decoded before."""
     before, task, backbone = own_bytes(), noises(clips), load_backbone(name)
-    task.waveforms(backbone.rate)
+    task.waveforms(backbone.sample_rate)
     with tempfile.TemporaryDirectory() as warm: embed(backbone, task.subset(range(64)), folder=warm, progress=False)
     with tempfile.TemporaryDirectory() as folder: return cost(lambda: embed(backbone, task, folder=folder, progress=False), before)
 

@@ -40,7 +40,7 @@ def peer_body(backbone, device):
         def __init__(self):
             nn.Module.__init__(self)
             self.net, self.rows = load_backbone(backbone), 0
-            self.model_id, self.target_sr, self.embedding_dim = backbone, self.net.rate, self.net.dim
+            self.model_id, self.target_sr, self.embedding_dim = backbone, self.net.sample_rate, self.net.dim
             self.to(device)
 
         def prepare(self, waveforms):
@@ -57,7 +57,7 @@ def peer_body(backbone, device):
 def peer(task, backbone, batch, device, iterations):
     """Seconds of one of audiosetfit's epochs, and rows through the encoder."""
     from audiosetfit import AudioSetFitModel, Trainer, TrainingArguments
-    rows, waves = task.indices("train"), task.waveforms(load_backbone(backbone).rate)
+    rows, waves = task.indices("train"), task.waveforms(load_backbone(backbone).sample_rate)
     clips, labels = [waves[int(i)].numpy() for i in rows], task.labels[rows].tolist()
     model = AudioSetFitModel(peer_body(backbone, device), None)
     arguments = TrainingArguments(embedding_batch_size=batch // 2, num_iterations=iterations, show_progress_bar=False)
@@ -85,7 +85,7 @@ def main():
     except ImportError: sys.exit("the peer is not installed: pip install --no-deps audiosetfit==0.1.0 transformers")
     whole = load_task(a.task)
     task = whole.subset(whole.indices("train")[:: max(1, len(whole.indices("train")) // a.clips)][:a.clips])
-    task.waveforms(load_backbone(a.backbone).rate)
+    task.waveforms(load_backbone(a.backbone).sample_rate)
     ours(task, a.backbone, a.batch, 1)                                              # warm up
     (t_ours, r_ours), (t_peer, r_peer) = ours(task, a.backbone, a.batch, a.iterations), peer(task, a.backbone, a.batch, a.device, a.iterations)
     device = torch.cuda.get_device_name() if a.device == "cuda" else "cpu"

@@ -24,8 +24,8 @@ from act.audio import audio_info, check_audio, collate, decodable, read_audio, r
 from act.core import file_digest, identity
 
 
-def tone(rate=16000, seconds=.5, channels=1, hz=440.):
-    x = .5 * np.sin(2 * np.pi * hz * np.arange(int(rate * seconds)) / rate)
+def tone(sample_rate=16000, seconds=.5, channels=1, hz=440.):
+    x = .5 * np.sin(2 * np.pi * hz * np.arange(int(sample_rate * seconds)) / sample_rate)
     return np.stack([x] * channels, 1)
 
 
@@ -36,13 +36,13 @@ def tone(rate=16000, seconds=.5, channels=1, hz=440.):
     ("flac", "PCM_16", 1e-4), ("ogg", "VORBIS", 5e-2), ("opus", "OPUS", 5e-2), ("mp3", "MPEG_LAYER_III", 5e-2), ("aiff", "PCM_16", 1e-4), ("au", "PCM_16", 1e-4)])
 @pytest.mark.parametrize("channels", [1, 2])
 def test_every_format(tmp_path, suffix, subtype, tolerance, channels):
-    path, rate = tmp_path/f"x.{suffix}", 48000
-    sf.write(path, tone(rate, 1., channels), rate, subtype=subtype, format="OGG" if suffix == "opus" else None)
+    path, sample_rate = tmp_path/f"x.{suffix}", 48000
+    sf.write(path, tone(sample_rate, 1., channels), sample_rate, subtype=subtype, format="OGG" if suffix == "opus" else None)
     x = read_audio(path)
-    assert x.dtype == torch.float32 and x.ndim == 1 and abs(len(x) - rate) < 3000
+    assert x.dtype == torch.float32 and x.ndim == 1 and abs(len(x) - sample_rate) < 3000
     middle = x[8000:40000].numpy()
     if suffix in ("mp3", "opus"): assert abs(float(middle.std()) - .5 / math.sqrt(2)) < tolerance      # these encoders delay
-    else: np.testing.assert_allclose(middle, tone(rate, 1.)[8000:40000, 0], atol=tolerance)
+    else: np.testing.assert_allclose(middle, tone(sample_rate, 1.)[8000:40000, 0], atol=tolerance)
 
 
 def test_many_channels_are_averaged(tmp_path):
@@ -90,9 +90,9 @@ def test_collate_keeps_every_sample():
 # Headers that do not know, or lie about, the length
 
 
-def flac_of(samples, path, x, rate=16000):
+def flac_of(samples, path, x, sample_rate=16000):
     """Write a FLAC file whose header says that it holds so many samples; 0 means unknown, as a streaming encoder leaves it."""
-    sf.write(path, x, rate)
+    sf.write(path, x, sample_rate)
     data = bytearray(path.read_bytes())
     data[21] = data[21] & 0xF0 | samples >> 32
     data[22:26] = struct.pack(">I", samples & 0xFFFFFFFF)
@@ -153,9 +153,9 @@ def test_wav_written_to_a_pipe(tmp_path, change):
     assert audio_info(tmp_path / "x.wav") == (8000, 0.5) and len(read_audio(tmp_path / "x.wav")) == 4000
 
 
-@pytest.mark.parametrize("rate, samples, message", [(50, 100, "not credible"), (8000, 0, "no samples")])
-def test_what_a_header_shows_is_refused_without_decoding(tmp_path, rate, samples, message):
-    sf.write(tmp_path / "x.wav", np.zeros(samples), rate)
+@pytest.mark.parametrize("sample_rate, samples, message", [(50, 100, "not credible"), (8000, 0, "no samples")])
+def test_what_a_header_shows_is_refused_without_decoding(tmp_path, sample_rate, samples, message):
+    sf.write(tmp_path / "x.wav", np.zeros(samples), sample_rate)
     for reader in audio_info, check_audio, read_audio, lambda p: Clip(p).duration:
         with pytest.raises(AudioError, match=f"x.wav: .*{message}"):
             reader(tmp_path / "x.wav")
@@ -252,35 +252,35 @@ def test_tags_before_the_audio(tmp_path):
     ],
 )
 def test_stretches_of_compressed_files(tmp_path, suffix, kw):
-    rate = 48000
-    x = np.convolve(np.random.default_rng(0).uniform(-0.5, 0.5, 8 * rate), np.ones(8) / 8, "same")
-    with sf.SoundFile(tmp_path / f"x.{suffix}", "w", rate, 1, **kw) as f:
+    sample_rate = 48000
+    x = np.convolve(np.random.default_rng(0).uniform(-0.5, 0.5, 8 * sample_rate), np.ones(8) / 8, "same")
+    with sf.SoundFile(tmp_path / f"x.{suffix}", "w", sample_rate, 1, **kw) as f:
         for i in range(0, len(x), 4096):
             f.write(x[i : i + 4096])  # large Vorbis writes overflow the stack
     whole = read_audio(tmp_path / f"x.{suffix}")
-    assert audio_info(tmp_path / f"x.{suffix}") == (rate, 8.0) and len(whole) == 8 * rate
+    assert audio_info(tmp_path / f"x.{suffix}") == (sample_rate, 8.0) and len(whole) == 8 * sample_rate
     for start in 0.0, 0.3, 1.0001, 3.77777, 7.4:
-        part, first = read_audio(tmp_path / f"x.{suffix}", start=start, seconds=0.5), round(start * rate)
-        assert len(part) == rate // 2 and (part - whole[first : first + len(part)]).abs().max() < 1e-6
+        part, first = read_audio(tmp_path / f"x.{suffix}", start=start, seconds=0.5), round(start * sample_rate)
+        assert len(part) == sample_rate // 2 and (part - whole[first : first + len(part)]).abs().max() < 1e-6
 
 
 # What only FFmpeg decodes
 
 
-def encoded_by_ffmpeg(path, codec, x, rate):
+def encoded_by_ffmpeg(path, codec, x, sample_rate):
     """Write an audio file with PyAV."""
     av = pytest.importorskip("av", reason="needs the extra [formats]")
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=rate, layout="stereo" if x.ndim == 2 else "mono")
+        stream = container.add_stream(codec, rate=sample_rate, layout="stereo" if x.ndim == 2 else "mono")
         stream.codec_context.bit_rate = 128_000
         stream.codec_context.open()
         frame = av.AudioFrame.from_ndarray(
             np.ascontiguousarray(np.atleast_2d(x.T), np.float32), format="fltp", layout=stream.layout.name
         )
-        frame.sample_rate = rate
+        frame.sample_rate = sample_rate
         frame.pts = 0
         fitted = av.AudioResampler(
-            format=stream.codec_context.format, rate=rate, frame_size=stream.codec_context.frame_size
+            format=stream.codec_context.format, rate=sample_rate, frame_size=stream.codec_context.frame_size
         )
         for part in [*fitted.resample(frame), *fitted.resample(None)]:
             container.mux(stream.encode(part))
@@ -304,21 +304,21 @@ FOREIGN = {
 @pytest.mark.parametrize("channels", [1, 2])
 @pytest.mark.parametrize("name", FOREIGN)
 def test_formats_of_ffmpeg(tmp_path, name, channels):
-    codec, rate = FOREIGN[name]
-    x = tone(rate, 2.0, channels) * np.linspace(0.2, 1.0, 2 * rate)[:, None]
-    path = encoded_by_ffmpeg(tmp_path / name, codec, x if channels == 2 else x[:, 0], rate)
+    codec, sample_rate = FOREIGN[name]
+    x = tone(sample_rate, 2.0, channels) * np.linspace(0.2, 1.0, 2 * sample_rate)[:, None]
+    path = encoded_by_ffmpeg(tmp_path / name, codec, x if channels == 2 else x[:, 0], sample_rate)
     assert decodable(path) and path.suffix.lower() in FFMPEG_SUFFIXES
     y = read_audio(path)
     found, seconds = check_audio(path)
     assert (
-        found == rate and seconds == len(y) / rate == Clip(path).duration and abs(seconds - 2) < 0.1
+        found == sample_rate and seconds == len(y) / sample_rate == Clip(path).duration and abs(seconds - 2) < 0.1
     )  # encoders pad their last block
-    loudness = y.unfold(0, rate // 4, rate // 4).square().mean(1).sqrt()[1:7]
+    loudness = y.unfold(0, sample_rate // 4, sample_rate // 4).square().mean(1).sqrt()[1:7]
     np.testing.assert_allclose(loudness, np.sqrt(0.125) * (0.2 + 0.1 * (np.arange(1, 7) + 0.5)), rtol=0.1)
     for start, length in (0.0, 0.5), (0.7123, 0.5), (1.5, 9.0):
         assert torch.equal(
             read_audio(path, start=start, seconds=length),
-            y[(i := round(start * rate)) : i + round(length * rate)],
+            y[(i := round(start * sample_rate)) : i + round(length * sample_rate)],
         )
     assert abs(len(read_audio(path, 8000)) - 8000 * seconds) <= 1
     with pytest.raises(AudioError, match="holds no samples at 5 s"):
@@ -434,9 +434,9 @@ def floats(rng):
     return encoded(x, 8000, format="WAV", subtype="FLOAT")
 
 
-def encoded(x, rate, **kw):
+def encoded(x, sample_rate, **kw):
     buffer = io.BytesIO()
-    sf.write(buffer, x, rate, **kw)
+    sf.write(buffer, x, sample_rate, **kw)
     return buffer.getvalue()
 
 
@@ -553,7 +553,7 @@ def test_broken_clip_leaves_no_cache(clips, tmp_path):
 
 def test_killed_while_building(clips, tmp_path):
     code = ("import time; from pathlib import Path; from act.audio import *\n"
-            "class Slow(Clip):\n    def load(self, rate): time.sleep(.05); return super().load(rate)\n"
+            "class Slow(Clip):\n    def load(self, rate): time.sleep(.05); return super().load(sample_rate)\n"
             f"WaveCache.open([Slow(p) for p in sorted(Path({str(tmp_path)!r}).glob('*.wav'))], 8000, 'a' * 64, workers=1, progress=False)")
     child = subprocess.Popen([sys.executable, "-c", code])
     waves = tmp_path/"cache"/"waves"

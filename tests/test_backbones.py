@@ -51,13 +51,13 @@ def wheel(tmp_path_factory):
     return unpack
 
 
-def clips(rate, seconds=(1., .4, 2.3), seed=0):
+def clips(sample_rate, seconds=(1., .4, 2.3), seed=0):
     """Noise with a drifting tone, zero-padded to a batch, and the lengths."""
     generator = np.random.default_rng(seed)
-    lengths = [int(rate * s) for s in seconds]
+    lengths = [int(sample_rate * s) for s in seconds]
     x = np.zeros((len(lengths), max(lengths)), np.float32)
     for row, n in zip(x, lengths):
-        t = np.arange(n) / rate
+        t = np.arange(n) / sample_rate
         row[:n] = .05 * generator.standard_normal(n) + .2 * np.sin(2 * np.pi * (300 + 200 * t) * t)
     return torch.tensor(x), torch.tensor(lengths)
 
@@ -115,7 +115,7 @@ def test_aisfx_network_equals_upstream(wheel):
     x, lengths = clips(44100, (2.9, 4.7))
     ours = load_backbone("aisfx")
     with torch.no_grad():
-        h, counts = ours.frames(x, lengths)
+        h, counts = ours.encode(x, lengths)
         for i, n in enumerate(lengths):
             spectrogram = (ours.mel(F.pad(x[i:i + 1, :n], (0, 1023)))[0] * 1e4 + 1).log10().numpy() / 9.457798957824707
             blocks = module_at(folder / "preprocessing.py").blocking(spectrogram, 100, 50, True)
@@ -218,7 +218,7 @@ FAMILIES = ("ast", "whisper", "clap", "wav2vec2", "hubert", "wavlm")
 # ---------------------------------------------------------------- neighbours and padding
 
 def assert_alone_as_in_company(backbone, seconds=(1., .4, 2.3)):
-    x, lengths = clips(backbone.rate, seconds)
+    x, lengths = clips(backbone.sample_rate, seconds)
     with torch.no_grad():
         together = backbone(x + 7. * (torch.arange(x.shape[1]) >= lengths[:, None]), lengths)     # what lies beyond a clip is no one's business
         for i, n in enumerate(lengths):
@@ -254,9 +254,9 @@ def test_hugging_face_ignores_neighbours_and_padding(hub, family): assert_alone_
 @pytest.mark.parametrize("name", ["log-mel", *(f"random:{name}" for name in WHEELS)])
 def test_any_length_is_embedded(name):
     backbone = load_backbone(name)
-    for n in (1, 7, backbone.rate // 10, 3 * backbone.rate + 1):
+    for n in (1, 7, backbone.sample_rate // 10, 3 * backbone.sample_rate + 1):
         with torch.no_grad(): assert backbone(torch.full((1, n), .1)).isfinite().all()
-    assert backbone(torch.zeros(1, backbone.rate)).isfinite().all()
+    assert backbone(torch.zeros(1, backbone.sample_rate)).isfinite().all()
 
 
 SHORT = (1, 2, .005, .02, .024)      # one and two samples; seconds
@@ -264,9 +264,9 @@ SHORT = (1, 2, .005, .02, .024)      # one and two samples; seconds
 
 def assert_takes_short_clips(backbone):
     """Alone, and among longer ones without a change."""
-    samples = [n if isinstance(n, int) else int(n * backbone.rate) for n in SHORT]
-    lengths = torch.tensor([*samples, backbone.rate])
-    x = .1 * torch.randn(len(lengths), backbone.rate, generator=torch.Generator().manual_seed(0))
+    samples = [n if isinstance(n, int) else int(n * backbone.sample_rate) for n in SHORT]
+    lengths = torch.tensor([*samples, backbone.sample_rate])
+    x = .1 * torch.randn(len(lengths), backbone.sample_rate, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         together = backbone(x, lengths)
         for i, n in enumerate(lengths.tolist()):
@@ -305,7 +305,7 @@ def test_a_transformer_knows_the_shortest_clip_of_its_convolutions(tmp_path):
 @pytest.mark.parametrize("family", ["ast", "whisper", "clap"])
 def test_models_of_one_span_cost_the_same_whatever_the_clip(hub, family):
     backbone = load_backbone(f"hf:{hub / family}")
-    seconds = backbone.computed_samples([1, backbone.rate, 99 * backbone.rate]) / backbone.rate
+    seconds = backbone.computed_samples([1, backbone.sample_rate, 99 * backbone.sample_rate]) / backbone.sample_rate
     assert len(set(seconds)) == 1 and seconds[0] == dict(ast=10.24, whisper=30, clap=10)[family]
 
 
@@ -319,14 +319,14 @@ def test_front_ends_of_hugging_face_work_under_autocast(hub, family):
 
 class Windowed(Backbone):
     """A backbone of one's own that does not say how short a clip may be."""
-    name, rate, dim = "windowed", 8000, 4
+    name, sample_rate, dim = "windowed", 8000, 4
 
     def __init__(self, kind="unfold"):
         super().__init__()
         self.kind = kind
         self.net = torch.nn.Linear(80, 4) if kind == "unfold" else torch.nn.Conv1d(1, 4, 80, 40)
 
-    def frames(self, x, lengths):
+    def encode(self, x, lengths):
         if self.kind == "unfold": return self.net(x.unfold(1, 80, 80)), lengths // 80
         return self.net(x[:, None]).transpose(1, 2), (lengths - 80) // 40 + 1
 
@@ -345,7 +345,7 @@ def test_a_backbone_of_ones_own_names_a_clip_that_is_too_short(kind, lengths):
 
 def test_another_fault_of_a_backbone_is_not_called_a_short_clip():
     class Broken(Windowed):
-        def frames(self, x, lengths): raise RuntimeError("of another kind")
+        def encode(self, x, lengths): raise RuntimeError("of another kind")
 
     with pytest.raises(RuntimeError, match="^of another kind$"): Broken()(torch.zeros(1, 100))
     with pytest.raises(NotImplementedError, match="must implement frames"): Backbone()(torch.zeros(1, 100))
@@ -366,7 +366,7 @@ def test_other_types_of_weights_keep_the_embedding(name, dtype):
 @pytest.mark.parametrize("name", WHEELS)
 def test_half_precision_changes_little(name):
     backbone = load_backbone(f"random:{name}")
-    x, lengths = clips(backbone.rate)
+    x, lengths = clips(backbone.sample_rate)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16): rough = backbone(x, lengths)
     with torch.no_grad(): assert F.cosine_similarity(rough.float(), backbone(x, lengths)).min() > .99
 
@@ -381,7 +381,7 @@ def test_without_padding_it_is_torchaudio(kind):
     with torch.no_grad():
         reference = small_model(kind).extract_features(normalized)[0][-1]
         if kind == "layer_norm": reference = backbone.model.encoder.transformer.layer_norm(reference)
-        assert apart(backbone.frames(x, lengths)[0][0], reference[0]) <= 1e-5
+        assert apart(backbone.encode(x, lengths)[0][0], reference[0]) <= 1e-5
 
 
 @pytest.mark.parametrize("family", ["wav2vec2", "hubert", "wavlm"])
@@ -407,7 +407,7 @@ def test_layers_are_dropped_only_on_demand():
 @pytest.mark.parametrize("name", WHEELS)
 def test_every_parameter_is_reached_by_the_gradient(name):
     backbone = load_backbone(f"random:{name}").train()
-    x, lengths = clips(backbone.rate, (1., .9))
+    x, lengths = clips(backbone.sample_rate, (1., .9))
     (backbone(x, lengths) * torch.randn(backbone.dim, generator=torch.Generator().manual_seed(0))).sum().backward()
     assert [key for key, p in backbone.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
     assert backbone.layers()[0][0].grad.abs().max() > 0
@@ -431,7 +431,7 @@ def test_the_top_of_a_transformer_is_its_last_layers():
 def test_adapters_start_at_the_pretrained_embedding_and_learn(name):
     pytest.importorskip("peft")
     backbone = load_backbone(name)
-    x, lengths = clips(backbone.rate, (1., .9))
+    x, lengths = clips(backbone.sample_rate, (1., .9))
     before = backbone(x, lengths).detach()
     set_trainable(backbone, "lora").train()
     after = backbone(x, lengths)
@@ -463,7 +463,7 @@ with torch.no_grad(): torch.save(load_backbone(folder)(*torch.load(inputs, weigh
 
 def assert_reloads_bit_identically(backbone, tmp_path):
     torch.set_num_threads(1)
-    inputs = clips(backbone.rate, (1., .6))
+    inputs = clips(backbone.sample_rate, (1., .6))
     torch.save(inputs, tmp_path / "in.pt")
     with torch.no_grad(): expected = backbone(*inputs)
     folder = backbone.save_pretrained(tmp_path / "saved", {"Task": {"name": "none", "licence": "none"}})
@@ -511,7 +511,7 @@ def test_a_folder_is_whole_or_refused(tmp_path):
     with pytest.raises(BackboneError, match="pickles"): load_backbone(folder)
 
 
-def scores(backbone): return backbone(*clips(backbone.rate, (.5,)))
+def scores(backbone): return backbone(*clips(backbone.sample_rate, (.5,)))
 
 
 def fail_with(error):
@@ -649,7 +649,7 @@ def test_a_folder_of_the_current_one_and_a_link(tmp_path, monkeypatch):
 
 class Tied(Backbone):
     """Two matrices that are one, and two that overlap in memory."""
-    rate, dim, licence, source = 8000, 4, "MIT", "here"
+    sample_rate, dim, licence, source = 8000, 4, "MIT", "here"
 
     def __init__(self, tied=True):
         super().__init__()
@@ -657,7 +657,7 @@ class Tied(Backbone):
         if tied: self.second.weight = self.first.weight
         self.register_buffer("row", self.first.weight.detach()[0])
 
-    def frames(self, x, lengths):
+    def encode(self, x, lengths):
         x = x.unfold(1, 80, 80)
         return self.first(x) + 2 * self.second(x) + self.row.sum(), lengths // 80
 
@@ -800,13 +800,13 @@ def test_unknown_names_and_options():
 
 def test_a_backbone_of_ones_own_is_listed_saved_and_loaded(tmp_path):
     class Mine(Backbone):
-        rate, dim, licence, source = 8000, 3, "MIT", "here"
+        sample_rate, dim, licence, source = 8000, 3, "MIT", "here"
 
         def __init__(self, width=3):
             super().__init__()
             self.net = torch.nn.Linear(80, width)
 
-        def frames(self, x, lengths): return self.net(x.unfold(1, 80, 80)), lengths // 80
+        def encode(self, x, lengths): return self.net(x.unfold(1, 80, 80)), lengths // 80
 
     register_backbone("mine")(lambda pretrained=True, width=3: Mine(width))
     mine = load_backbone("mine", width=3)
@@ -844,7 +844,7 @@ def frozen_scores(z, task):
 def test_frozen_scores_on_real_recordings(mirror, name, tasks, expected):
     weights(*(("musicnn", "musicnn/MSD_musicnn/.index") if name == "musicnn" else (name,)))
     backbone, tasks = load_backbone(name), [load_task(task) for task in tasks]
-    waves = tasks[0].waveforms(backbone.rate)                                 # folds hold the same clips in the same order
+    waves = tasks[0].waveforms(backbone.sample_rate)                                 # folds hold the same clips in the same order
     with torch.no_grad(): z = np.concatenate([backbone(*waves.batch(rows)).numpy() for rows in np.array_split(np.arange(len(waves)), len(waves) // 20)])
     scores = np.mean([frozen_scores(z, task) for task in tasks], 0)
     assert np.abs(scores - expected).max() <= .03, scores

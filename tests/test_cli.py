@@ -111,7 +111,7 @@ def test_a_terminal_without_the_characters(encoding, monkeypatch):
 
 # ---------------------------------------------------------------- tables
 
-FACTS = dict(rate=16000, dim=1024, parameters=2159257728, gflops_per_second=229.046173,
+FACTS = dict(sample_rate=16000, dim=1024, parameters=2159257728, gflops_per_second=229.046173,
              licence="unclear: " + "Apache-2.0 or CC BY-NC-SA 4.0 " * 3, weights="a wheel")
 
 

@@ -111,8 +111,8 @@ def test_prose_becomes_references_but_code_does_not():
 
 def test_links_are_seen_from_the_page():
     from pages import _page_target, with_links
-    written = with_links("[a](../api/01_audio.ipynb#x) [b](../../Makefile) [c](https://example.org)", "nbs/guides", _page_target("nbs/guides"))
-    assert "(../api/01_audio.ipynb#x)" in written and "/blob/main/Makefile)" in written and "(https://example.org)" in written
+    written = with_links("[a](../api/02_audio.ipynb#x) [b](../../Makefile) [c](https://example.org)", "nbs/guides", _page_target("nbs/guides"))
+    assert "(../api/02_audio.ipynb#x)" in written and "/blob/main/Makefile)" in written and "(https://example.org)" in written
 
 
 def test_tables_come_from_results_or_say_how_to_get_them(tmp_path):
@@ -173,7 +173,7 @@ def test_changed_code_puts_outputs_out_of_date(tmp_path, monkeypatch):
     assert set(run_notebooks.out_of_date()) == before
     losses.write_text(losses.read_text(encoding="utf-8") + "\nCHANGED = 1\n", encoding="utf-8")
     changed = set(run_notebooks.out_of_date())
-    assert {"nbs/api/06_tuning.ipynb", "nbs/guides/first_steps.ipynb", "nbs/index.ipynb"} <= changed and ("nbs/api/01_audio.ipynb" in changed) == ("nbs/api/01_audio.ipynb" in before)
+    assert {"nbs/api/09_tuning.ipynb", "nbs/guides/first_steps.ipynb", "nbs/index.ipynb"} <= changed and ("nbs/api/02_audio.ipynb" in changed) == ("nbs/api/02_audio.ipynb" in before)
 
 
 # --- the guides ---------------------------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ def docstring_problems(name, member):
     found += [f"parameter {p} is not described" for p in signature if documented and p not in documented]
     found += [f"no such parameter: {p}" for p in documented if signature and p not in signature]
     found += [f"{p}: an array without its shape" for p, text in documented.items() if re.search(r" : (Long|Bool)?(Tensor|ndarray|array)\b", text.split("\n")[0]) and "(" not in text]
-    found += [f"{p}: no unit" for p, text in documented.items() if p == "rate" and not re.search(r"\bHz\b|per minute|learning rate", text)]
+    found += [f"{p}: no unit" for p, text in documented.items() if p in ("rate", "sample_rate") and not re.search(r"\bHz\b|per minute|learning rate", text)]
     if not inspect.isclass(member) and documented and "Returns" not in sections and "Yields" not in sections and _returns(member): found.append("no section Returns")
     if not inspect.isclass(member) and documented and _raises(member) and "Raises" not in sections: found.append("raises, and does not say so")
     return [f"{name}: {problem}" for problem in found]
@@ -269,7 +269,7 @@ def test_docstring_problems_are_found():
         ----------
         z : Tensor
             Embeddings.
-        rate : int
+        sample_rate : int
             How fast.
         j : int
             Not there.
@@ -354,7 +354,7 @@ def test_search_finds_jaccard(browser, address):
 
 @pytest.mark.browser
 def test_formulas_render(browser, address):
-    browser.get(f"{address}/api/05_losses.html")
+    browser.get(f"{address}/api/08_losses.html")
     count = lambda selector: browser.execute_script("return document.querySelectorAll(arguments[0]).length", selector)   # noqa: E731
     assert count(".math") > 20
     until(lambda: count(".math mjx-container svg") >= count(".math"))

@@ -33,7 +33,7 @@ def short_task(folder, clips):
     """A task of clips of one sample and more, with names that are code elsewhere."""
     for i in range(clips): soundfile.write(folder / f"{i}.wav", np.full(1 + 100 * i, .1), 16000)
     labels = torch.arange(clips) % len(NAMES)
-    return Task("short", [Clip(folder / f"{i}.wav") for i in range(clips)], labels, NAMES, ["test"] * clips, rate=16000)
+    return Task("short", [Clip(folder / f"{i}.wav") for i in range(clips)], labels, NAMES, ["test"] * clips, sample_rate=16000)
 
 
 @pytest.mark.parametrize("clips", [2, 3, 5])

@@ -668,7 +668,7 @@ def test_a_file_listed_under_two_names(tmp_path):
     "kw",
     [
         dict(n=0),
-        dict(rate=50),
+        dict(sample_rate=50),
         dict(subtype="FLOAT", nan=True),
         dict(subtype="DOUBLE", nan=True, suffix="aiff"),
         dict(n=0, suffix="flac"),
@@ -680,7 +680,7 @@ def test_files_that_decoding_would_refuse_are_refused_at_once(tmp_path, kw):
     if kw.get("nan"):
         x[50] = np.nan
     sf.write(
-        root / "cat" / f"bad.{kw.get('suffix', 'wav')}", x, kw.get("rate", 8000), subtype=kw.get("subtype")
+        root / "cat" / f"bad.{kw.get('suffix', 'wav')}", x, kw.get("sample_rate", 8000), subtype=kw.get("subtype")
     )
     with refused("1 problem", r"bad\.", "no samples|not credible|not finite|not recognised"):
         folder_task(root)

@@ -59,7 +59,7 @@ def task_of(folder, n=12):
 
 class Bands(Backbone):
     """An encoder of one's own: an option without weights, a buffer that `state_dict` leaves out."""
-    rate, dim = RATE, 16
+    sample_rate, dim = RATE, 16
 
     def __init__(self, pooling="mean", window=160):
         super().__init__()
@@ -68,13 +68,13 @@ class Bands(Backbone):
         self.net = torch.nn.Linear(160, 16)
         self.register_buffer("window", torch.hann_window(window), persistent=False)
 
-    def frames(self, x, lengths): return self.net(x.unfold(1, 160, 160) * self.window).square(), lengths // 160
+    def encode(self, x, lengths): return self.net(x.unfold(1, 160, 160) * self.window).square(), lengths // 160
 
     def pool(self, h, counts): return (masked_mean if self.pooling == "mean" else masked_max)(h, counts)
 
 
 class Louder(Bands):
-    def frames(self, x, lengths): return super().frames(2 * x, lengths)
+    def encode(self, x, lengths): return super().encode(2 * x, lengths)
 
 
 # What is named: every function here takes the changes of `CHANGES` and gives a name.
@@ -82,7 +82,7 @@ class Louder(Bands):
 def embedding_name(task, backbone, run, precision): return embedding_identity(backbone, task, default_fabric(precision)).digest
 
 
-def waves_name(task, backbone, run, precision): return WaveCache.identity(task.clips, backbone.rate, task.content).digest
+def waves_name(task, backbone, run, precision): return WaveCache.identity(task.clips, backbone.sample_rate, task.content).digest
 
 
 def checkpoint_name(task, backbone, run, precision):
@@ -133,8 +133,8 @@ def weights(s):
 
 
 def one_file(s):
-    samples, rate = sf.read(s.task.clips[3].path)
-    sf.write(s.task.clips[3].path, .99 * samples, rate)
+    samples, sample_rate = sf.read(s.task.clips[3].path)
+    sf.write(s.task.clips[3].path, .99 * samples, sample_rate)
 
 
 def stretch(s): s.set_task(replace(s.task, clips=[replace(c, start=.1) for c in s.task.clips]))
@@ -146,7 +146,7 @@ def buffer(s): s.set_backbone(Bands(window=160).apply(lambda m: m.window.mul_(.5
 def option(s): s.set_backbone(Bands("max"))
 def own_code(s): s.set_backbone(Louder())
 def hook(s): s.backbone.register_forward_hook(lambda module, args, out: 2 * out); s.set_backbone(s.backbone)
-def sample_rate(s): s.backbone.rate = 8000; s.set_backbone(s.backbone)
+def sample_rate(s): s.backbone.sample_rate = 8000; s.set_backbone(s.backbone)
 def learning_rate(s): s.run = replace(s.run, options=(("lr", 3e-3), ("passes", 1)))
 def loss(s): s.run = replace(s.run, method="contrastive")
 def seed(s): s.run = replace(s.run, seed=1)
@@ -221,7 +221,7 @@ def test_what_does_not_compute_does_not_count(change, tmp_path, monkeypatch, reg
 def test_encoders_of_act_keep_their_name_after_use(name):
     backbone = load_backbone(name)
     before = fingerprint(backbone)
-    with torch.no_grad(): backbone(torch.randn(2, backbone.rate), torch.tensor([backbone.rate, backbone.rate // 2]))
+    with torch.no_grad(): backbone(torch.randn(2, backbone.sample_rate), torch.tensor([backbone.sample_rate, backbone.sample_rate // 2]))
     assert fingerprint(backbone.train().eval()) == before == fingerprint(load_backbone(name))
 
 

@@ -29,8 +29,8 @@ class Noise:
     @property
     def key(self): return f"noise {self.index} of {self.seconds} s"
 
-    def load(self, rate):
-        samples = max(1, round(self.seconds * rate))
+    def load(self, sample_rate):
+        samples = max(1, round(self.seconds * sample_rate))
         noise = torch.randn(samples, generator=torch.Generator().manual_seed(self.index))
         tone = torch.sin(torch.arange(samples) * (.05 + .01 * (self.index % 7)))
         return .05 * noise + .2 * tone
@@ -90,7 +90,7 @@ def test_what_an_encoder_keeps_decides_the_bound():
     """From 5 MB for a second of speech-embedding to 17 MB of musicnn; nothing of log-mel."""
     def seconds(name):
         backbone = load_backbone(name)
-        return default_max_samples(backbone, CPU) / backbone.rate
+        return default_max_samples(backbone, CPU) / backbone.sample_rate
 
     assert seconds("log-mel") > 1000 > seconds("random:speech-embedding") > seconds("random:musicnn-vgg")
     assert seconds("random:musicnn-vgg") > seconds("random:musicnn") > 30
@@ -121,20 +121,20 @@ def test_a_container_has_no_more_than_its_limit(tmp_path):
 
 class Spy(Backbone):
     """Remembers the shapes it is given."""
-    name, rate, dim, min_seconds = "spy", 8000, 8, .01
+    name, sample_rate, dim, min_seconds = "spy", 8000, 8, .01
 
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
         self.net, self.shapes = torch.nn.Linear(80, 8), []
 
-    def frames(self, x, lengths):
+    def encode(self, x, lengths):
         self.shapes.append(tuple(x.shape))
         return self.net(x.unfold(1, 80, 80)).square().add(1e-2).log(), lengths // 80
 
     def costs(self):
         """Most rows times length, and most rows, since the last call; the second that measures it left out."""
-        shapes = [shape for shape in self.shapes if shape != (1, self.rate)]
+        shapes = [shape for shape in self.shapes if shape != (1, self.sample_rate)]
         self.shapes = []
         return max(b * t for b, t in shapes), max(b for b, _ in shapes)
 
@@ -188,9 +188,9 @@ def test_a_clip_embeds_the_same_in_any_company(name, tmp_path):
 def test_windows_are_averaged_by_their_length(name, max_seconds, tmp_path):
     backbone, task = load_backbone(name), task_of(COMPANY)
     windowed = embedded(backbone, task, tmp_path, "windowed", max_seconds=max_seconds)
-    waves = task.waveforms(backbone.rate)
+    waves = task.waveforms(backbone.sample_rate)
     for i in (2, 4, 6):
-        parts = waves[i].split(round(max_seconds * backbone.rate))
+        parts = waves[i].split(round(max_seconds * backbone.sample_rate))
         with torch.no_grad(): expected = sum(len(p) * backbone(p[None])[0] for p in parts) / len(waves[i])
         assert np.abs(windowed[i] - expected.numpy()).max() <= 1e-5 * expected.abs().max()
 

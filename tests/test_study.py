@@ -70,7 +70,7 @@ def test_a_failing_run_leaves_the_others(tmp_path):
 
 
 def test_diverging_loss_is_recorded(tmp_path):
-    record = execute(Run("words-4", "speech-embedding", "vanilla", 0, dict(passes=1, lr=1e30, clip=1e30)), Store(tmp_path))
+    record = execute(Run("words-4", "speech-embedding", "vanilla", 0, dict(passes=1, lr=1e30, max_grad_norm=1e30)), Store(tmp_path))
     assert record["status"] == "failed" and "lower lr" in record["error"]
 
 
@@ -126,7 +126,7 @@ def disk(tmp_path):
 
 def test_a_nan_loss_names_the_step_and_the_remedy(tmp_path):
     options = dict(passes=3, batch=64)
-    runs = [Run("words-4", "speech-embedding", "vanilla", 0, options | more) for more in ({}, dict(lr=1e6, clip=1e6))] + [Run("words-4", "log-mel")]
+    runs = [Run("words-4", "speech-embedding", "vanilla", 0, options | more) for more in ({}, dict(lr=1e6, max_grad_norm=1e6))] + [Run("words-4", "log-mel")]
     good, bad, last = execute_all(runs, Store(tmp_path), jobs=1, progress=False)
     assert [r["status"] for r in (good, bad, last)] == ["done", "failed", "done"]
     assert re.search(r"loss became nan at step \d+: lower lr", bad["error"]) and "\n" not in bad["error"]

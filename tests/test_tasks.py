@@ -37,7 +37,7 @@ def test_real_task(real_cache, name):
     if groups: assert tuple(len(set(task.groups[task.indices(s)])) for s in SPLITS) == groups
     hot = task.labels if task.multilabel else torch.eye(classes)[task.labels]
     assert hot[task.indices("train")].sum(0).count_nonzero() == classes - (name == "mdb-drums")     # its toms are in the test only
-    assert task.rate == int(sf.info(str((task.clips[0].paths)[0])).samplerate) and task.licence
+    assert task.sample_rate == int(sf.info(str((task.clips[0].paths)[0])).samplerate) and task.licence
     assert load_task(name).digest == task.digest
     assert len({c.key for c in task.clips}) == len(task) and not any(str(real_cache) in c.key for c in task.clips)
 
@@ -85,10 +85,10 @@ def test_without_consent_the_drums_are_unavailable(mirror, tmp_path, monkeypatch
 
 # Miniatures of what cannot be downloaded here: upstream's folders, file names and tables, with noise for audio
 
-def audio(suffix="wav", rate=16000, seed=0):
+def audio(suffix="wav", sample_rate=16000, seed=0):
     buffer = io.BytesIO()
     kind = dict(wav=dict(format="WAV"), ogg=dict(format="OGG"), opus=dict(format="OGG", subtype="OPUS"), flac=dict(format="FLAC"))[suffix]
-    sf.write(buffer, np.random.default_rng(seed).uniform(-.1, .1, rate // 20), rate, **kind)
+    sf.write(buffer, np.random.default_rng(seed).uniform(-.1, .1, sample_rate // 20), sample_rate, **kind)
     return buffer.getvalue()
 
 
@@ -106,12 +106,12 @@ def asc40():
 
 def esc50():
     rows = [dict(filename=f"{f}-{100 * f + c}-A-{c}.wav", fold=f, target=c, category=f"class{c:02}", esc10=c < 10, src_file=100 * f + c, take="A") for f in range(1, 6) for c in range(50)]
-    return {"ESC-50-master.zip": {"ESC-50-master/meta/esc50.csv": csv(rows)} | {f"ESC-50-master/audio/{r['filename']}": audio(rate=44100) for r in rows}}, (150, 50, 50), 50
+    return {"ESC-50-master.zip": {"ESC-50-master/meta/esc50.csv": csv(rows)} | {f"ESC-50-master/audio/{r['filename']}": audio(sample_rate=44100) for r in rows}}, (150, 50, 50), 50
 
 
 def urbansound8k():
     rows = [{"slice_file_name": f"{1000 * f + c}-{c}-0-0.wav", "fsID": 1000 * f + c, "start": 0, "end": 1, "salience": 1, "fold": f, "classID": c, "class": f"class{c}"} for f in range(1, 11) for c in range(10)]
-    files = {f"UrbanSound8K/audio/fold{r['fold']}/{r['slice_file_name']}": audio(rate=random.Random(i).choice([8000, 44100, 96000])) for i, r in enumerate(rows)}
+    files = {f"UrbanSound8K/audio/fold{r['fold']}/{r['slice_file_name']}": audio(sample_rate=random.Random(i).choice([8000, 44100, 96000])) for i, r in enumerate(rows)}
     return {"UrbanSound8K.tar.gz": {"UrbanSound8K/metadata/UrbanSound8K.csv": csv(rows), "UrbanSound8K/audio/.DS_Store": b"x", **files}}, (80, 10, 10), 10
 
 
@@ -133,7 +133,7 @@ def mswc():
 
 def wmms():
     rows = [dict(path=f"Species_{s:02}/{s}{i}.wav", species=f"Species_{s:02}") for s in range(31) for i in range(5)] + [dict(path=f"Weddell_Seal/{i}.wav", species="Weddell_Seal") for i in range(2)]
-    return {"watkins.zip": {"annotations.csv": csv(rows)} | {r["path"]: audio(rate=22050) for r in rows}}, (93, 31, 31), 31
+    return {"watkins.zip": {"annotations.csv": csv(rows)} | {r["path"]: audio(sample_rate=22050) for r in rows}}, (93, 31, 31), 31
 
 
 def voxceleb():
@@ -147,7 +147,7 @@ def voxceleb():
 
 
 def gtzan():
-    genres, wav = "blues classical country disco hiphop jazz metal pop reggae rock".split(), audio(rate=22050)
+    genres, wav = "blues classical country disco hiphop jazz metal pop reggae rock".split(), audio(sample_rate=22050)
     return {"genres.tar.gz": {f"genres/{g}/{g}.{i:05}.wav": wav for g in genres for i in range(100)}}, (443, 197, 290), 10
 
 
@@ -164,7 +164,7 @@ def fsd50k():
     dev = [dict(fname=i, labels=f"{labels[i % 200]},{labels[(i + 1) % 200]}", mids="/m/a,/m/b", split="val" if i >= 200 else "train") for i in range(240)]
     test = [dict(fname=1000 + i, labels=labels[i], mids="/m/a") for i in range(50)]
     truth = {"FSD50K.ground_truth/dev.csv": csv(dev), "FSD50K.ground_truth/eval.csv": csv(test), "FSD50K.ground_truth/vocabulary.csv": b"0,Class_000,/m/a\n"}
-    whole = {part: zipped({f"FSD50K.{part}_audio/{r['fname']}.wav": audio(rate=44100) for r in rows}) for part, rows in dict(dev=dev, eval=test).items()}
+    whole = {part: zipped({f"FSD50K.{part}_audio/{r['fname']}.wav": audio(sample_rate=44100) for r in rows}) for part, rows in dict(dev=dev, eval=test).items()}
     # Volumes as `cat` would join them; that true split volumes are read too is shown in test_manifest.py.
     archives = {f"FSD50K.dev_audio.{x}": whole["dev"][i * 30_000:(i + 1) * 30_000 if i < 5 else None] for i, x in enumerate("z01 z02 z03 z04 z05 zip".split())}
     archives |= {"FSD50K.eval_audio.z01": whole["eval"][:9000], "FSD50K.eval_audio.zip": whole["eval"][9000:]}
@@ -174,7 +174,7 @@ def fsd50k():
 def fsdkaggle():
     labels = [f"Label_{i:02}" for i in range(80)]
     rows = {part: [dict(fname=f"{part}{i:04}.wav", labels=",".join({labels[i % 80], labels[i * 7 % 80]}), freesound_id=i, license="CC0") for i in range(n)] for part, n in dict(train_curated=160, test=40).items()}
-    archives = {f"FSDKaggle2019.audio_{part}.zip": {f"FSDKaggle2019.audio_{part}/{r['fname']}": audio(rate=44100) for r in rs} for part, rs in rows.items()}
+    archives = {f"FSDKaggle2019.audio_{part}.zip": {f"FSDKaggle2019.audio_{part}/{r['fname']}": audio(sample_rate=44100) for r in rs} for part, rs in rows.items()}
     meta = {f"FSDKaggle2019.meta/{part}_post_competition.csv": csv(rs) for part, rs in rows.items()}
     return archives | {"FSDKaggle2019.meta.zip": meta}, (144, 16, 40), 80
 
@@ -401,7 +401,7 @@ def test_pictures_take_clips_of_any_length(tmp_path, samples):
     figure = a_task(
         clips=[Clip(tmp_path / "x.wav", name=f"{i}") for i in range(12)],
         classes=("a$b$", "$\\nonsense{$", "c"),
-        rate=16000,
+        sample_rate=16000,
     ).show()
     figure.canvas.draw()
     assert all(ax.images for ax in figure.axes[2:])
@@ -411,8 +411,8 @@ def test_pictures_of_clips_that_do_not_know_their_length():
     class Beep:
         key = "beep"
 
-        def load(self, rate):
-            return torch.ones(rate // 10)
+        def load(self, sample_rate):
+            return torch.ones(sample_rate // 10)
 
     task = a_task(clips=[Beep() for _ in range(12)])
     task.show().canvas.draw()

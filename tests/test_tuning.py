@@ -93,8 +93,8 @@ def test_not_a_number_names_the_step():
             super().__init__()
             self.scale = torch.nn.Parameter(torch.ones(()))
 
-        def frames(self, x, lengths):
-            h, counts = super().frames(x, lengths)
+        def encode(self, x, lengths):
+            h, counts = super().encode(x, lengths)
             return h * self.scale * float("nan"), counts
 
     with pytest.raises(TuningError, match="step 0"): tune(Broken(), task, CONFIG, progress=False)
@@ -273,8 +273,8 @@ def test_a_precision_that_an_encoder_cannot_do_is_one_line():
             super().__init__()
             self.scale = torch.nn.Parameter(torch.ones(()))
 
-        def frames(self, x, lengths):
-            h, counts = super().frames(x, lengths)
+        def encode(self, x, lengths):
+            h, counts = super().encode(x, lengths)
             return h.to(self.dtype) @ torch.eye(64, dtype=torch.float32) * self.scale, counts
 
     task = load_task("words-4").subset(range(24))
