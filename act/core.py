@@ -694,7 +694,9 @@ def _home(function):
 
 def _is_own(registry, name):
     """Whether a part was registered outside act."""
-    return name not in registry.built_in and not all(_home(f) == "act" for f in _callables(registry[name]))
+    functions = _callables(registry[name])         # none in a part that is data
+    of_act = functions and all(_home(f) == "act" for f in functions)
+    return name not in registry.built_in and not of_act
 
 
 def _own_parts():
