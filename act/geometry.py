@@ -19,7 +19,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.metrics import davies_bouldin_score
 
-from .manifest import ActError
+from .core import ActError
 from .probes import nearest
 
 # %% ../nbs/api/13_geometry.ipynb #geo00006
