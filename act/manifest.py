@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MANIFEST', 'REQUIRED_FIELDS', 'MANIFESTS', 'LISTING', 'LOCK', 'COPY_BYTES', 'BLOWUP', 'DAMAGED', 'RETRIES',
            'TIMEOUTS', 'WRITE_BYTES', 'BROKEN_CONNECTION', 'PIP_DOWNLOAD', 'PROFILES', 'ManifestError', 'FetchError',
-           'Unavailable', 'register_manifest', 'load_manifest', 'manifest_entry', 'integrity', 'checksum', 'fetch',
-           'weight_file', 'entry_file_digest', 'names_of', 'list_entries', 'verify', 'fetch_many']
+           'Unavailable', 'RegisteredManifest', 'register_manifest', 'load_manifest', 'manifest_entry', 'integrity',
+           'checksum', 'fetch', 'weight_file', 'entry_file_digest', 'names_of', 'list_entries', 'verify', 'fetch_many']
 
 # %% ../nbs/api/01_manifest.ipynb #man00003
 import bisect
@@ -27,6 +27,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -104,9 +105,21 @@ def _read_manifest(path, remedy):
     return _parse(str(path), modified)
 
 # %% ../nbs/api/01_manifest.ipynb #man00009c
-MANIFESTS = Registry("manifest", "act.manifests")    # path -> entries
+MANIFESTS = Registry("manifest", "act.manifests")    # by path
 
 
+@dataclass(frozen=True)
+class RegisteredManifest:
+    """What another package, or a notebook, adds to the manifest.
+
+    Parameters
+    ----------
+    entries : dict
+        Entry name to entry.
+    """
+    entries: dict
+
+# %% ../nbs/api/01_manifest.ipynb #man00009e
 def register_manifest(path):
     """Add the entries of another manifest.
 
@@ -122,17 +135,17 @@ def register_manifest(path):
     """
     path = full_path(path).absolute()
     entries = _read_manifest(path, "register_manifest takes a YAML file")
-    MANIFESTS[str(path)] = entries
+    MANIFESTS[str(path)] = RegisteredManifest(entries)
 
-
+# %% ../nbs/api/01_manifest.ipynb #man00009f
 def _with_registered(entries, path):
     """`entries` of the manifest at `path`, and those of all registered manifests."""
     merged = dict(entries)
     for source, more in MANIFESTS.load_installed().items():
-        for name, entry in more.items():
+        for name, entry in more.entries.items():
             if merged.get(name, entry) != entry:
                 raise ManifestError(f"{source}: entry {name!r} is not the one of {path}: rename it")
-        merged.update(more)
+        merged.update(more.entries)
     return merged
 
 # %% ../nbs/api/01_manifest.ipynb #man00009d
