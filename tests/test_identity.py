@@ -344,12 +344,12 @@ from act.tasks import load_task, register_task
 import my_layers
 
 class Mine(Backbone):
-    rate, dim = 16000, 16
+    sample_rate, dim = 16000, 16
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
         self.net = torch.nn.Linear(160, 16)
-    def frames(self, x, lengths): return my_layers.squared(self.net(x.unfold(1, 160, 160))), lengths // 160
+    def encode(self, x, lengths): return my_layers.squared(self.net(x.unfold(1, 160, 160))), lengths // 160
 
 @register_backbone("mine")
 def mine(pretrained=True): return Mine()
