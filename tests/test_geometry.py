@@ -29,7 +29,7 @@ def test_blocks_change_nothing(monkeypatch):
     z, labels = space()
     tags = F.one_hot(labels) | F.one_hot(labels.roll(1))
     whole = geometry(z, tags)
-    monkeypatch.setattr("act.geometry._ROWS", 37)
+    monkeypatch.setattr("act.geometry._BLOCK_ROWS", 37)
     np.testing.assert_allclose(geometry(z, tags), whole, rtol=1e-4)
 
 
