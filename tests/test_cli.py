@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from act import cli
+from act import cli, reproduce
 from act.core import ActError
-from act.report import ReportError, checked_profile, parameters
+from act.paper import PaperError, checked_profile, parameters
 from act.study import Store, StudyError, default_jobs
 
 ACT = Path(sys.executable).with_name("act")
@@ -304,10 +304,10 @@ WRONG = [
 
 @pytest.mark.parametrize("given, said", WRONG)
 def test_values_of_another_type_are_named(given, said):
-    with pytest.raises(ReportError, match=said) as raised: checked_profile(given)
+    with pytest.raises(PaperError, match=said) as raised: checked_profile(given)
     assert "\n" not in str(raised.value)
     section = next(iter(given))
-    with pytest.raises(ReportError, match=said): parameters(section, {}, given)        # as a notebook that papermill started
+    with pytest.raises(PaperError, match=said): parameters(section, {}, given)        # as a notebook that papermill started
 
 
 @pytest.mark.parametrize("text, said", [
@@ -331,9 +331,9 @@ def test_where_profiles_and_results_are(tmp_path, monkeypatch):
     (tmp_path / "mine.yml").write_text("profile: own\nresults: ~/out\nfigure_2: {methods: vanilla}\nfigure_3: {shown: 3}\n")
     profile = cli.read_profile("~/mine.yml")
     assert profile == dict(profile="own", results=str(tmp_path / "out"), figure_2=dict(methods=["vanilla"]), figure_3=dict(shown=3))
-    assert cli._results_folder(None, profile) == tmp_path / "out"
-    assert cli._results_folder("~/there", profile) == tmp_path / "there"
-    assert cli._results_folder(None, {}) == cli.paper_folder().parents[1] / "results"
+    assert reproduce.results_folder(None, profile) == tmp_path / "out"
+    assert reproduce.results_folder("~/there", profile) == tmp_path / "there"
+    assert reproduce.results_folder(None, {}) == reproduce.paper_folder().parents[1] / "results"
     with pytest.raises(cli.ReproduceError, match="choose one of full, quick, small, or name a YAML file"):
         cli.read_profile("~/none.yaml")
 
@@ -398,7 +398,7 @@ def test_places_may_be_given_by_a_tilde(tmp_path, monkeypatch):
 
 
 def test_a_damaged_lock_file_is_named(act, tmp_path, monkeypatch):
-    from act.cli import paper_folder
+    from act.reproduce import paper_folder
     manifest = paper_folder().parents[1] / "data_manifest.yaml"
     (tmp_path / "data_manifest.yaml").write_bytes(manifest.read_bytes())
     monkeypatch.setenv("ACT_MANIFEST", str(tmp_path / "data_manifest.yaml"))
@@ -487,7 +487,7 @@ def test_a_cache_that_may_only_be_read_is_read(tmp_path_factory, audio):
 RUN = """
 import sys
 from pathlib import Path
-from act.cli import _run_notebook
+from act.reproduce import _run_notebook
 print(_run_notebook(Path(sys.argv[1]), Path(sys.argv[2]), dict(wanted=sys.executable)))
 """
 

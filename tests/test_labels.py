@@ -12,9 +12,9 @@ from sklearn.metrics import (accuracy_score, average_precision_score, balanced_a
 from typer.testing import CliRunner
 
 import act.cli
-from act.manifest import ActError
-from act.probes import (METRICS, NEIGHBOURS, KNNProbe, LinearProbe, ProbeError, bootstrap_interval,
-                        check_labels, dual_probe, linear_path, nearest, paired_bootstrap, top5)
+from act.core import ActError
+from act.metrics import METRICS, ProbeError, bootstrap_interval, check_labels, paired_bootstrap, top5
+from act.probes import NEIGHBOURS, KNNProbe, LinearProbe, dual_probe, linear_path, nearest
 
 SIDES = dict(train=slice(0, 160), valid=slice(160, 220), test=slice(220, 400))
 
@@ -397,7 +397,7 @@ def test_faults_are_one_line_before_anything_is_fitted(act, message, monkeypatch
     def fitted(*_, **__): raise AssertionError("fitted or resampled before the fault was found")
     monkeypatch.setattr("act.probes._followed", fitted)
     monkeypatch.setattr("act.probes._all_nearest", fitted)
-    monkeypatch.setattr("act.probes._resamples", fitted)
+    monkeypatch.setattr("act.metrics._resamples", fitted)
     with pytest.raises(ProbeError) as error: act()
     text = str(error.value)
     assert message in text and "\n" not in text and len(text) < 250 and isinstance(error.value, ActError)

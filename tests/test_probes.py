@@ -12,8 +12,9 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from act.manifest import ActError
-from act.probes import METRICS, KNNProbe, LinearProbe, ProbeError, bootstrap_interval, dual_probe, linear_path, nearest, paired_bootstrap
+from act.core import ActError
+from act.metrics import METRICS, ProbeError, bootstrap_interval, paired_bootstrap
+from act.probes import KNNProbe, LinearProbe, dual_probe, linear_path, nearest
 
 
 def embeddings(n=1500, dim=96, classes=12, seed=0, scale=.7):

@@ -119,8 +119,8 @@ def test_a_failing_notebook_leaves_the_others(tmp_path):
 
 @pytest.mark.parametrize("name", ["quick", "small", "full"])
 def test_profiles_that_ship_can_be_planned(name):
-    from act.cli import needed_entries, read_profile
-    from act.study import planned_runs
+    from act.reproduce import needed_entries, read_profile
+    from act.paper import planned_runs
     profile = read_profile(name)
     plan = planned_runs(profile)
     assert all(plan[s] for s in ("table_2", "table_3", "table_4", "figure_2")) and all(r.config is None or r.config.passes for runs in plan.values() for r in runs)
@@ -128,7 +128,7 @@ def test_profiles_that_ship_can_be_planned(name):
 
 
 def test_entries_are_those_of_the_tasks_asked_for():
-    from act.cli import needed_entries
+    from act.reproduce import needed_entries
     rows = dict(tasks=["asc40-mini/10", "esc10-mix", "words-8", "fsdd@theo"], backbones=["musicnn-vgg", "wavlm-base-plus", "log-mel"])
     assert needed_entries(dict(profile="own", table_2=rows)) == ["asc40-mini", "esc10", "fsdd", "musicnn", "wavlm-base-plus"]
 

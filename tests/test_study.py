@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from act.manifest import cache_dir, weight_file
+from act.core import cache_dir
+from act.manifest import weight_file
 from act.study import Run, Store, execute, execute_all
 
 WEIGHTS = "speech-embedding"

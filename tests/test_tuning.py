@@ -20,7 +20,8 @@ SCRIPT = """
 import sys, torch
 from act.backbones import load_backbone
 from act.tasks import load_task
-from act.tuning import TuneConfig, default_fabric, tune
+from act.embeddings import default_fabric
+from act.tuning import TuneConfig, tune
 torch.set_num_threads(1)
 fabric = default_fabric()
 config = TuneConfig(method=sys.argv[1], passes=2, batch=64, augment=None, lr=1e-3)
