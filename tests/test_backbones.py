@@ -348,7 +348,7 @@ def test_another_fault_of_a_backbone_is_not_called_a_short_clip():
         def encode(self, x, lengths): raise RuntimeError("of another kind")
 
     with pytest.raises(RuntimeError, match="^of another kind$"): Broken()(torch.zeros(1, 100))
-    with pytest.raises(NotImplementedError, match="must implement frames"): Backbone()(torch.zeros(1, 100))
+    with pytest.raises(NotImplementedError, match="must implement encode"): Backbone()(torch.zeros(1, 100))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
