@@ -143,15 +143,15 @@ def _check_waveforms(backbone, x, sample_rate):
     expected = backbone.sample_rate
     if sample_rate not in (None, expected):
         remedy = f"act.audio.resample(x, {sample_rate}, {expected})"
-        raise BackboneError(f"{backbone.name} wants {expected} Hz, got {sample_rate} Hz: {remedy}")
+        raise BackboneError(f"{backbone.name} expects {expected} Hz, got {sample_rate} Hz: {remedy}")
     if x.ndim != 2:
         shape = tuple(x.shape)
         remedies = {1: "add a batch dimension, x[None]", 3: "mix the channels down, x.mean(1)"}
         remedy = remedies.get(x.ndim, "pass a matrix")
-        raise BackboneError(f"{backbone.name} wants mono waveforms (B, T), got shape {shape}: {remedy}")
+        raise BackboneError(f"{backbone.name} expects mono waveforms (B, T), got shape {shape}: {remedy}")
     if not x.is_floating_point():
         remedy = "for 16-bit samples, x.float() / 32768"
-        raise BackboneError(f"{backbone.name} wants float waveforms in [-1, 1], got {x.dtype}: {remedy}")
+        raise BackboneError(f"{backbone.name} expects float waveforms in [-1, 1], got {x.dtype}: {remedy}")
 
 # %% ../nbs/api/06_backbones.ipynb #bac00012a
 def _check_lengths(x, lengths):
