@@ -624,8 +624,8 @@ class MusiCNN(nn.Module):
     def _front_features(self, h):
         """Normalised log-mel (B, 1, F, 96) -> (B, 561, F)."""
         features = []
-        for conv, norm in zip(self.front, self.front_norm):
-            length = conv.kernel_size[0]
+        for conv, norm, (_, kernel) in zip(self.front, self.front_norm, self.FRONT):
+            length = kernel[0]
             before = (length - 1) // 2                          # as TensorFlow pads "same"
             after = length // 2
             padded = F.pad(h, (0, 0, before, after))
