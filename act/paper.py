@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['TABLE_2', 'TABLE_3', 'TABLE_4', 'TABLE_4_LABELS', 'FIGURE_2', 'FIGURE_3', 'UNDER_TEST', 'CHOOSING', 'SINGLE_LABEL',
-           'MULTI_LABEL', 'OTHERS', 'COMMON', 'SECTIONS', 'trials_for', 'PlannedRow', 'planned_rows', 'planned_runs',
-           'training_passes', 'PaperError', 'check_names', 'checked_profile', 'parameters']
+           'MULTI_LABEL', 'OTHERS', 'COMMON', 'SECTIONS', 'CLAIMS', 'trials_for', 'PlannedRow', 'planned_rows',
+           'planned_runs', 'training_passes', 'PaperError', 'check_names', 'checked_profile', 'parameters', 'Claim',
+           'register_claim']
 
 # %% ../nbs/api/16_paper.ipynb #pap00003
 import difflib
 import inspect
 import math
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Callable, NamedTuple, get_args
 
-from .core import ActError, full_path
+from .core import ActError, Registry, full_path
 from .study import FROZEN, StudyError, trial_runs
 from .tuning import Augment, TuneConfig
 
@@ -379,3 +380,42 @@ def parameters(section, defaults, namespace):
     for name in options:
         if name not in defaults: raise PaperError(f"unknown option {name!r} in {section}: {_near(name, defaults)}")
     return {**COMMON, **{k: v for k, v in given.items() if k in COMMON}, **defaults, **options}
+
+# %% ../nbs/api/16_paper.ipynb #pap00081
+@dataclass(frozen=True)
+class Claim:
+    """A claim and how it is tested.
+
+    Parameters
+    ----------
+    text : str
+        The claim, as it is printed.
+    statistic : str
+        What is computed, as it is printed.
+    points : bool
+        Whether the values are differences of scores, which are printed in points.
+    rows : callable
+        Function of the comparisons of all tables (dict of table to comparisons) and of the tables derived from
+        them (dict of name to DataFrame). It returns a DataFrame with the columns
+        ``task, backbone, measure, compared, value, low, high``; no rows if the claim was not measured.
+    """
+    text: str
+    statistic: str
+    points: bool
+    rows: Callable
+
+# %% ../nbs/api/16_paper.ipynb #pap00082
+CLAIMS = Registry("claims", "act.claims")       # in the order in which they are printed
+
+
+def register_claim(name, claim):
+    """Add a claim to the page of claims.
+
+    Parameters
+    ----------
+    name : str
+        A short name of its own; a claim of the same name is replaced.
+    claim : Claim
+        Text, statistic and the function that computes its rows.
+    """
+    CLAIMS[name] = claim
