@@ -21,8 +21,7 @@ from scipy import stats
 
 from .core import ActError, full_path
 from .metrics import Comparison, paired_bootstrap
-from .paper import (CHOOSING, CLAIMS, FIGURE_2, FIGURE_3, TABLE_2, TABLE_3, UNDER_TEST, Claim,
-                       register_claim)
+from .paper import CLAIMS, FIGURE_2, TABLE_2, TABLE_3, Claim, SavedTable, register_claim, saved_tables
 from .study import read_record
 
 # %% ../nbs/api/16a_analysis.ipynb #ana00005
@@ -590,8 +589,8 @@ def derived_tables(folder):
     Returns
     -------
     dict of str to DataFrame
-        For each table its long form; for some also ``NAME_paired`` and ``NAME_chosen``, see `UNDER_TEST` and
-        `CHOOSING` in `act.paper`.
+        For each table its long form; for some also ``NAME_paired`` and ``NAME_chosen``, see
+        `act.paper.SavedTable`.
 
     Raises
     ------
@@ -606,20 +605,20 @@ def derived_tables(folder):
 # %% ../nbs/api/16a_analysis.ipynb #ana00028
 def _derive(comparisons):
     "The tables that follow from the comparisons of each table: long forms first, then pairs, then choices."
-    tables = {}
+    saved = saved_tables()
+    tables, pairs, choices = {}, {}, {}
     for name, rows in comparisons.items():
-        if name == FIGURE_3:
+        table = saved.get(name, SavedTable(name))
+        if table.geometry:
             methods = next(iter(rows.values()))
             tables[name] = geometry_table(methods)
         else:
             tables[name] = long_table(rows)
-    for name, methods in UNDER_TEST.items():
-        if name in comparisons:
-            tables[f"{name}_paired"] = paired_table(comparisons[name], *methods)
-    for name in CHOOSING:
-        if name in comparisons:
-            tables[f"{name}_chosen"] = chosen_table(tables[name])
-    return tables
+        if table.under_test:
+            pairs[f"{name}_paired"] = paired_table(rows, *table.under_test)
+        if table.choosing:
+            choices[f"{name}_chosen"] = chosen_table(tables[name])
+    return tables | pairs | choices
 
 # %% ../nbs/api/16a_analysis.ipynb #ana00030
 def side_of_zero(low, high):

@@ -23,7 +23,7 @@ from IPython.display import HTML, Audio
 
 from .analysis import PROBE_NAMES, claims, derived_tables, option_texts, recorded, side_of_zero
 from .core import ActError, full_path, write_atomic
-from .paper import FIGURE_3, OTHERS, TABLE_2, TABLE_3, TABLE_4, check_names
+from .paper import ARTEFACTS, OTHERS, SavedTable, check_names, saved_tables
 
 # %% ../nbs/api/17_report.ipynb #rep00004a
 class ReportError(ActError):
@@ -216,11 +216,10 @@ def printed(name, long):
         return long
     if name == "claims_rows":
         return claims_text(long)
-    if name == FIGURE_3:
+    table = saved_tables().get(name, SavedTable(name))
+    if table.geometry:
         return geometry_text(long)
-    if name in (TABLE_3, TABLE_4):      # many methods: they run down
-        return wide_table(long, ["probe"])
-    return wide_table(long)
+    return wide_table(long, table.across)
 
 # %% ../nbs/api/17_report.ipynb #rpt00030
 CHOSEN_PROTOCOL = (
@@ -527,9 +526,10 @@ def differing_files(folder, published=None):
 def _printed_with_reported(name, long, published):
     "A table as it is printed, with published values where there are any."
     wide = printed(name, long)
-    if published and name in (TABLE_2, TABLE_3):
-        table = name[:len("table_2")]
-        wide, _ = with_reported(wide, reported(published, table))
+    for artefact in ARTEFACTS.load_installed().values():
+        saved = {table.name: table for table in artefact.tables}
+        if published and name in saved and saved[name].published:
+            wide, _ = with_reported(wide, reported(published, artefact.section))
     return wide
 
 
