@@ -334,7 +334,7 @@ def test_where_profiles_and_results_are(tmp_path, monkeypatch):
     assert reproduce.results_folder(None, profile) == tmp_path / "out"
     assert reproduce.results_folder("~/there", profile) == tmp_path / "there"
     assert reproduce.results_folder(None, {}) == reproduce.paper_folder().parents[1] / "results"
-    with pytest.raises(cli.ReproduceError, match="choose one of full, quick, small, or name a YAML file"):
+    with pytest.raises(reproduce.ReproduceError, match="choose one of full, quick, small, or name a YAML file"):
         cli.read_profile("~/none.yaml")
 
 
