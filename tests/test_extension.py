@@ -1,6 +1,7 @@
 """A package that adds one of each from outside: installed, found through its entry points, and run."""
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -58,3 +59,11 @@ def test_without_the_package_its_names_are_unknown():
             "try: load_backbone('band-energy')\nexcept ActError as error: print(error)")
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert "band-energy" in done.stdout
+
+
+def test_contributing_shows_the_code_of_the_package(repo):
+    text = (repo / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    shown = re.findall(r"```(?:python|toml)\n(.*?)\n```", text, re.S)
+    files = [path.read_text(encoding="utf-8") for path in (repo / "tests" / "extension").rglob("*.*") if path.suffix in (".py", ".toml")]
+    assert len(shown) >= 6
+    assert all(any(block in source for source in files) for block in shown)
