@@ -11,6 +11,7 @@ __all__ = ['DISK_FULL', 'COMPUTING', 'REGISTRIES', 'ActError', 'ActWarning', 'ne
 # %% ../nbs/api/00_core.ipynb #cor00003
 import ast
 import contextlib
+import dataclasses
 import difflib
 import dis
 import errno
@@ -886,11 +887,19 @@ class Registry(dict):
         return None
 
 # %% ../nbs/api/00_core.ipynb #cor00047
+def _is_record(part):
+    """Whether a part is an instance of a dataclass, such as a method of tuning."""
+    return dataclasses.is_dataclass(part) and not isinstance(part, type)
+
+
 def _callables(parts):
     """The functions and classes in some registered parts."""
     functions = []
     for part in parts:
-        values = part if isinstance(part, (tuple, list)) else [part]
+        if _is_record(part):
+            values = vars(part).values()
+        else:
+            values = part if isinstance(part, (tuple, list)) else [part]
         functions += [value for value in values if callable(value)]
     return functions
 
@@ -921,7 +930,10 @@ def _is_added(registry, name):
     """Whether a part was registered by someone other than act."""
     if name in registry.built_in:
         return False
-    homes = [_home(function) for function in _callables([registry[name]])]
+    part = registry[name]
+    if _is_record(part):
+        return True
+    homes = [_home(function) for function in _callables([part])]
     return any(home != "act" for home in homes)
 
 # %% ../nbs/api/00_core.ipynb #cor00475
