@@ -13,7 +13,6 @@ __all__ = ['LORA_RANK', 'LORA_ALPHA', 'WEIGHTS', 'CONFIG', 'CARD', 'ASSETS', 'Ba
 import contextlib
 import functools
 import hashlib
-import importlib
 import inspect
 import json
 import os
@@ -35,7 +34,7 @@ from fastcore.basics import patch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .core import DISK_FULL, ActError, Registry, file_digest, full_path, near_matches
+from .core import DISK_FULL, ActError, Registry, file_digest, full_path, import_extra, near_matches
 from .encoders import valid_frames
 from .manifest import weight_file
 
@@ -305,10 +304,7 @@ def _adaptable_layers(backbone):
 # %% ../nbs/api/06_backbones.ipynb #bac00018-3
 def _optional_import(module, extra, needed_by):
     """A library of one of act's extras."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise BackboneError(f"{needed_by} needs {module}: pip install 'act[{extra}]'") from None
+    return import_extra(module, extra, needed_by, error=BackboneError)
 
 # %% ../nbs/api/06_backbones.ipynb #bac00018a
 def _has_adapters(backbone):

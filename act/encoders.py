@@ -16,13 +16,13 @@ import struct
 from pathlib import Path
 
 import numpy as np
-import onnx
 import torch
 import torch.nn.functional as F
-from onnx import numpy_helper
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchaudio.functional import melscale_fbanks
+
+from .core import import_extra
 
 # %% ../nbs/api/05_encoders.ipynb #enc00005a
 def valid_frames(counts, frames):
@@ -251,6 +251,7 @@ def speech_decibels(power, counts):
 # %% ../nbs/api/05_encoders.ipynb #enc00025a
 def _onnx_weights(graph, operation):
     """The constants of every layer of one kind in an ONNX graph, in the order of the graph."""
+    from onnx import numpy_helper
     constants = {constant.name: constant for constant in graph.initializer}
     weights = []
     for node in graph.node:
@@ -285,6 +286,7 @@ def read_speech_network(path):
     ValueError
         If the file holds another network.
     """
+    onnx = import_extra("onnx", "wheels", "speech-embedding")
     graph = onnx.load(str(path)).graph
     weights = _onnx_weights(graph, "Conv")
     normalisations = _onnx_weights(graph, "BatchNormalization")

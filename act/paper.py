@@ -17,7 +17,6 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import Field, dataclass, field, fields, replace
-from functools import partial
 from itertools import product
 from pathlib import Path
 from types import UnionType

@@ -19,7 +19,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from IPython.display import HTML, Audio
 
 from .analysis import PROBE_NAMES, claims, derived_tables, option_texts, recorded, side_of_zero
 from .core import ActError, full_path, write_atomic
@@ -603,6 +602,7 @@ def save_figure(name, folder, figure, alt):
             figure.savefig(buffer, format=suffix, metadata={date: None, "Title": alt})
         write_atomic(folder / f"{name}.{suffix}", buffer.getvalue())
     plt.close(figure)
+    from IPython.display import HTML
     return HTML(picture(folder / f"{name}.svg", alt))
 
 # %% ../nbs/api/17_report.ipynb #rpt00028
@@ -661,11 +661,13 @@ def listen(clips):
     """
     head = "<tr><th>task</th><th>labels</th><th></th><th>clip</th></tr>"
     rows = "".join(_player_row(*clip) for clip in clips)
+    from IPython.display import HTML
     return HTML(f"<table>{head}{rows}</table>")
 
 # %% ../nbs/api/17_report.ipynb #rpt00029
 def _player_row(task, position, remark):
     "One row of the table of players."
+    from IPython.display import Audio
     rate = min(task.sample_rate or LISTENING_RATE, LISTENING_RATE)
     samples = np.asarray(task.clips[position].load(rate))
     cells = [

@@ -26,7 +26,7 @@ import yaml
 import act
 from . import core
 from .backbones import load_backbone
-from .core import ActError, cache_dir, full_path, write_atomic
+from .core import ActError, cache_dir, full_path, import_extra, write_atomic
 from .embeddings import default_fabric
 from .manifest import PROFILES, list_entries, load_manifest, names_of
 from .paper import ARTEFACTS, checked_profile, planned_runs, training_passes
@@ -328,6 +328,7 @@ def reproduce_all(profile, only=None, seeds=None, results=None):
     """
     parameters = read_profile(profile)
     notebooks = paper_notebooks(only)
+    import_extra("papermill", "paper", "act reproduce", error=ReproduceError)
     parameters["results"] = str(results_folder(results, parameters))
     if seeds: parameters["seeds"] = seeds
     out = Path(parameters["results"]) / parameters["profile"]

@@ -15,11 +15,11 @@ import importlib.metadata
 from dataclasses import dataclass
 from functools import lru_cache
 
-import espeakng_loader
 import numpy as np
 import torch
 
 from .audio import resample
+from .core import import_extra
 from .tasks import SPLITS, Task, TaskError, register_task
 
 # %% ../nbs/api/04_words.ipynb #wor00007
@@ -47,6 +47,7 @@ _unload = getattr(_ctypes, "dlclose", None) or getattr(_ctypes, "FreeLibrary")
 class _FreshLibrary:
     """eSpeak NG with its state as at program start."""
     def __enter__(self):
+        espeakng_loader = import_extra("espeakng_loader", "words", "rendering words", error=TaskError)
         library = espeakng_loader.get_library_path()
         data = str(espeakng_loader.get_data_path())
         self.lib = ctypes.CDLL(library)
