@@ -9,8 +9,9 @@ import pytest
 
 STUDY = '''
 import json, sys
+from act.analysis import long_table
 from act.paper import planned_rows
-from act.report import long_table, wide_table, COLOURS
+from act.report import wide_table
 from act.study import Store, compare
 from act.tasks import list_tasks
 from act.backbones import list_backbones
