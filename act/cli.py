@@ -135,7 +135,8 @@ def check_results(folder: Path = typer.Argument(Path("results/small"), callback=
 
     Example: act check-results results/small
     """
-    from act.report import differing_files, recorded
+    from act.analysis import recorded
+    from act.report import differing_files
     from act.reproduce import ReproduceError, paper_folder
     differing = differing_files(folder, paper_folder() / "reported.csv")
     if differing:

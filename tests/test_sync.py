@@ -23,21 +23,25 @@ def fresh(repo, tmp_path_factory):
     copy = tmp_path_factory.mktemp("sync") / "act"
     subprocess.run(["git", "clone", "-q", repo, copy], check=True)
     for path in (copy / "act").glob("*.py"):
-        if path.name != "__init__.py": path.unlink()
-    for command in ("nbdev_export", "nbdev_clean"): subprocess.run([Path(sys.executable).with_name(command)], cwd=copy, check=True)
+        if path.name != "__init__.py":
+            path.unlink()
+    for command in ("nbdev_export", "nbdev_clean"):
+        subprocess.run([Path(sys.executable).with_name(command)], cwd=copy, check=True)
     return copy
 
 
 def test_library_is_what_the_notebooks_export(fresh):
-    changed = subprocess.run(["git", "status", "--porcelain"], cwd=fresh, capture_output=True, text=True, check=True).stdout
+    status = ["git", "status", "--porcelain"]
+    changed = subprocess.run(status, cwd=fresh, capture_output=True, text=True, check=True).stdout
     assert not changed, f"make sync, then commit:\n{changed}"
 
 
 def test_modules_import_only_from_their_left(repo):
-    for place, module in enumerate(ORDER):
+    for position, module in enumerate(ORDER):
         source = (repo / "act" / f"{module}.py").read_text(encoding="utf-8")
         used = set(re.findall(r"^\s*from (?:act)?\.(\w+) import", source, re.M))
-        assert used <= set(ORDER[:place]), f"act.{module} imports {used - set(ORDER[:place])}"
+        earlier = set(ORDER[:position])
+        assert used <= earlier, f"act.{module} imports {used - earlier}"
 
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda p: p.stem)
@@ -50,14 +54,19 @@ def test_paper_notebooks_have_parameters_and_export_nothing(path):
 
 def test_pins_admit_the_first_release_of_this_python(repo):
     first = f"{sys.version_info.major}.{sys.version_info.minor}.0"
-    pins = [Requirement(line) for line in (repo / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
+    lines = (repo / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if line and line[0] != "#"]
     pins = [p for p in pins if not p.marker or p.marker.evaluate({"python_full_version": first})]
     refused = []
     for pin in pins:
-        try: here = importlib.metadata.metadata(pin.name)
-        except importlib.metadata.PackageNotFoundError: continue
-        wanted = here["Requires-Python"]
-        if here["Version"] in pin.specifier and wanted and first not in SpecifierSet(wanted): refused.append(f"{pin}: Python {wanted}")
+        try:
+            installed = importlib.metadata.metadata(pin.name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        python = installed["Requires-Python"]
+        pinned = installed["Version"] in pin.specifier
+        if pinned and python and first not in SpecifierSet(python):
+            refused.append(f"{pin}: Python {python}")
     assert not refused and len(pins) > 200
 
 
@@ -76,5 +85,7 @@ def test_reported_values_have_sources(repo):
 
 def test_committed_results_follow_from_their_records(repo):
     from act.report import differing_files
-    if not (repo / "results" / "small").is_dir(): pytest.skip("no committed results yet")
-    assert differing_files(repo / "results" / "small", repo / "nbs" / "paper" / "reported.csv") == []
+    results = repo / "results" / "small"
+    if not results.is_dir():
+        pytest.skip("no committed results yet")
+    assert differing_files(results, repo / "nbs" / "paper" / "reported.csv") == []
