@@ -831,6 +831,18 @@ def _import_entry_point(point, group):
         remedy = "correct or uninstall its package"
         raise ActError(f"{point.name!r} ({place}) cannot be imported: {error}; {remedy}") from error
 
+# %% ../nbs/api/00_core.ipynb #cor00443
+def _is_import_of_act(frame):
+    """Whether a call comes from a module of act that is being imported, through functions of act only."""
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if _top_package(module) != "act":
+            return False
+        if frame.f_code.co_name == "<module>":
+            return True
+        frame = frame.f_back
+    return False
+
 # %% ../nbs/api/00_core.ipynb #cor00045
 REGISTRIES = {}     # kind to registry
 
@@ -845,19 +857,30 @@ class Registry(dict):
     group : str
         The entry points through which installed packages register more, such as ``"act.tasks"``.
     parts : dict, optional
-        The parts of act itself.
+        Parts of act itself.
+
+    Attributes
+    ----------
+    built_in : set of str
+        The names that act registered itself.
+    revision : int
+        How often something was registered.
     """
     def __init__(self, kind, group, parts=()):
         super().__init__(parts)
         self.kind = kind
         self.group = group
         self.built_in = set(parts)
-        self.revision = 0       # how often something was registered
-        self.complete = False   # whether installed packages were asked
+        self.revision = 0
+        self.complete = False   # whether the entry points were loaded
         REGISTRIES[kind] = self
 
     def __setitem__(self, name, part):
         self.revision += 1
+        if _is_import_of_act(sys._getframe(1)):
+            self.built_in.add(name)
+        else:
+            self.built_in.discard(name)
         super().__setitem__(name, part)
 
     def load_installed(self):
@@ -894,13 +917,18 @@ def _is_record(part):
 
 def _callables(part):
     """The functions and classes in a registered part; none in a part that is data."""
+    functions = [part] if callable(part) else []
     if _is_record(part):
         values = vars(part).values()
+    elif isinstance(part, dict):
+        values = part.values()
     elif isinstance(part, (tuple, list)):
         values = part
     else:
-        values = [part]
-    return [value for value in values if callable(value)]
+        values = []
+    for value in values:
+        functions += _callables(value)
+    return functions
 
 # %% ../nbs/api/00_core.ipynb #cor00474
 def registered_code():
@@ -917,31 +945,12 @@ def registered_code():
             functions += _callables(part)
     return code_of(*functions)
 
-# %% ../nbs/api/00_core.ipynb #cor00471
-def _home(function):
-    """The top package that defines a function."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    module = getattr(function, "__module__", None)
-    return _top_package(module or type(function).__module__)
-
-
-def _is_added(registry, name):
-    """Whether a part was registered by someone other than act."""
-    if name in registry.built_in:
-        return False
-    part = registry[name]
-    functions = _callables(part)
-    if _is_record(part) or not functions:
-        return True            # act's own records and data are built in
-    return any(_home(function) != "act" for function in functions)
-
 # %% ../nbs/api/00_core.ipynb #cor00475
 def _added_parts():
-    """The parts that act does not define, by kind and name; kinds without any are left out."""
+    """The parts that act did not register, by kind and name; kinds without any are left out."""
     added = {}
     for kind, registry in REGISTRIES.items():
-        parts = {name: part for name, part in registry.items() if _is_added(registry, name)}
+        parts = {name: part for name, part in registry.items() if name not in registry.built_in}
         if parts:
             added[kind] = parts
     return added
@@ -1007,6 +1016,8 @@ def pack_parts():
 def unpack_parts(data):
     """Register the parts that another process packed.
 
+    A kind whose registry does not exist here is skipped: nothing that was imported here uses it.
+
     Parameters
     ----------
     data : bytes
@@ -1015,6 +1026,7 @@ def unpack_parts(data):
     if not data:
         return
     for kind, parts in pickle.loads(data).items():
-        registry = REGISTRIES[kind]
-        for name, part in parts.items():
-            registry[name] = pickle.loads(part)
+        registry = REGISTRIES.get(kind)
+        if registry is not None:
+            for name, part in parts.items():
+                registry[name] = pickle.loads(part)
