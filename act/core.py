@@ -831,18 +831,6 @@ def _import_entry_point(point, group):
         remedy = "correct or uninstall its package"
         raise ActError(f"{point.name!r} ({place}) cannot be imported: {error}; {remedy}") from error
 
-# %% ../nbs/api/00_core.ipynb #cor00443
-def _is_import_of_act(frame):
-    """Whether a call comes from a module of act that is being imported, through functions of act only."""
-    while frame is not None:
-        module = frame.f_globals.get("__name__", "")
-        if _top_package(module) != "act":
-            return False
-        if frame.f_code.co_name == "<module>":
-            return True
-        frame = frame.f_back
-    return False
-
 # %% ../nbs/api/00_core.ipynb #cor00045
 REGISTRIES = {}     # kind to registry
 
@@ -862,7 +850,7 @@ class Registry(dict):
     Attributes
     ----------
     built_in : set of str
-        The names that act registered itself.
+        Names of parts of act: those given here, and those that a module of act adds.
     revision : int
         How often something was registered.
     """
@@ -877,10 +865,6 @@ class Registry(dict):
 
     def __setitem__(self, name, part):
         self.revision += 1
-        if _is_import_of_act(sys._getframe(1)):
-            self.built_in.add(name)
-        else:
-            self.built_in.discard(name)
         super().__setitem__(name, part)
 
     def load_installed(self):
@@ -945,12 +929,31 @@ def registered_code():
             functions += _callables(part)
     return code_of(*functions)
 
+# %% ../nbs/api/00_core.ipynb #cor00471
+def _home(function):
+    """The top package that defines a function."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    module = getattr(function, "__module__", None)
+    return _top_package(module or type(function).__module__)
+
+
+def _is_added(registry, name):
+    """Whether a part was registered by someone other than act."""
+    if name in registry.built_in:
+        return False
+    part = registry[name]
+    functions = _callables(part)
+    if _is_record(part) or not functions:
+        return True            # act names its own records and data in `built_in`
+    return any(_home(function) != "act" for function in functions)
+
 # %% ../nbs/api/00_core.ipynb #cor00475
 def _added_parts():
     """The parts that act did not register, by kind and name; kinds without any are left out."""
     added = {}
     for kind, registry in REGISTRIES.items():
-        parts = {name: part for name, part in registry.items() if name not in registry.built_in}
+        parts = {name: part for name, part in registry.items() if _is_added(registry, name)}
         if parts:
             added[kind] = parts
     return added

@@ -515,6 +515,7 @@ register_artefact(Artefact(
     plan=_figure_3,
     tables=(SavedTable(FIGURE_3, geometry=True),)))
 register_artefact(Artefact("claims", "claims"))
+ARTEFACTS.built_in.update(ARTEFACTS)       # these need not be sent to other processes
 
 # %% ../nbs/api/16_paper.ipynb #pap00059
 def saved_tables():

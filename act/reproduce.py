@@ -29,7 +29,7 @@ from .backbones import load_backbone
 from .core import ActError, cache_dir, full_path, write_atomic
 from .embeddings import default_fabric
 from .manifest import PROFILES, list_entries, load_manifest, names_of
-from .paper import SECTIONS, checked_profile, planned_runs, training_passes
+from .paper import ARTEFACTS, checked_profile, planned_runs, training_passes
 from .report import alternative_text, picture
 from .study import Store, code_digest, default_jobs, provenance
 from .tasks import list_tasks, load_task
@@ -473,13 +473,20 @@ def _entry_of(name, known):
 
 def _selected_sections(profile, only):
     """A profile without the sections whose notebooks are not selected."""
+    known = ARTEFACTS.load_installed()
     stems = [path.stem for path in paper_notebooks(only)]
     selected = {}
     for key, value in profile.items():
-        has_notebook = any(stem.startswith(key) for stem in stems)
-        if has_notebook or key not in SECTIONS:
+        if key not in known or known[key].notebook in stems:
             selected[key] = value
     return selected
+
+
+def _reads_all_data(only):
+    """Whether one of the notebooks reads all data sets of a profile, as Table 1 does."""
+    known = ARTEFACTS.load_installed().values()
+    reading = {artefact.notebook for artefact in known if artefact.all_data}
+    return any(path.stem in reading for path in paper_notebooks(only))
 
 # %% ../nbs/api/18_reproduce.ipynb #rpd00027
 def needed_entries(profile, only=None):
@@ -504,9 +511,7 @@ def needed_entries(profile, only=None):
         for run in runs:
             needed.add(_entry_of(run.task, known))
             needed.add(_entry_of(run.backbone, known))
-    stems = [path.stem for path in paper_notebooks(only)]
-    has_table_1 = any(stem.startswith("table_1") for stem in stems)
-    if has_table_1 and profile["profile"] in PROFILES:
+    if profile["profile"] in PROFILES and _reads_all_data(only):
         for name in names_of(profile["profile"]):
             if known[name]["kind"] == "data":
                 needed.add(name)
