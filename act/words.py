@@ -192,8 +192,18 @@ def voices(split):
 
 # %% ../nbs/api/04_words.ipynb #wor00022
 SNR_RANGE = (10., 30.)   # dB
-# Part of every key: clips of other bytes must have another name.
-RECIPE = f"words 1, espeakng-loader {importlib.metadata.version('espeakng-loader')}"
+
+
+def _recipe():
+    """A part of every key: clips of other bytes must have another name."""
+    try:
+        version = importlib.metadata.version("espeakng-loader")
+    except importlib.metadata.PackageNotFoundError:
+        version = "none"
+    return f"words 1, espeakng-loader {version}"
+
+
+RECIPE = _recipe()
 
 
 def _generator(*identity):
