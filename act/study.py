@@ -42,7 +42,7 @@ from .embeddings import embed, fingerprint
 from .geometry import geometry, purity
 from .probes import dual_probe
 from .tasks import SPLITS, load_task
-from .tuning import METHODS, TuneConfig, loss_functions, tune
+from .tuning import METHODS, TuneConfig, option_pairs, tune, tuning_functions
 
 # %% ../nbs/api/15_study.ipynb #stu00006
 FROZEN = "frozen"
@@ -74,8 +74,10 @@ class Run:
     options: tuple = ()
 
     def __post_init__(self):
-        if self.method not in (FROZEN, *METHODS): raise StudyError(f"method={self.method!r}: choose one of {', '.join((FROZEN, *METHODS))}")
-        object.__setattr__(self, "options", tuple(sorted(dict(self.options).items())))
+        methods = (FROZEN, *METHODS.load_installed())
+        if self.method not in methods:
+            raise StudyError(f"method={self.method!r}: choose one of {', '.join(methods)}")
+        object.__setattr__(self, "options", option_pairs(self.options))
 
     @property
     def config(self):
@@ -130,8 +132,8 @@ def _own_code(run):
     Those who built the task and the encoder need not be followed: what they built is known by its content.
     """
     task = _task(run.task)
-    losses = loss_functions(run.config, task.multilabel) if run.config else []
-    return code_of(*losses, *dict.fromkeys(map(type, task.clips)))
+    functions = tuning_functions(run.config, task.multilabel) if run.config else []
+    return code_of(*functions, *dict.fromkeys(map(type, task.clips)))
 
 # %% ../nbs/api/15_study.ipynb #stu00012b
 def run_identity(run):
