@@ -10,6 +10,7 @@ __all__ = ['DISK_FULL', 'COMPUTING', 'REGISTRIES', 'ActError', 'ActWarning', 'ne
 # %% ../nbs/api/00_core.ipynb #cor00003
 import ast
 import contextlib
+import dataclasses
 import difflib
 import dis
 import errno
@@ -680,9 +681,17 @@ class Registry(dict):
         return None
 
 # %% ../nbs/api/00_core.ipynb #cor00047
+def _is_record(part):
+    """Whether a part is an instance of a dataclass, such as a method of tuning."""
+    return dataclasses.is_dataclass(part) and not isinstance(part, type)
+
+
 def _callables(part):
     """The functions and classes in a registered part."""
-    values = part if isinstance(part, (tuple, list)) else [part]
+    if _is_record(part):
+        values = vars(part).values()
+    else:
+        values = part if isinstance(part, (tuple, list)) else [part]
     return [v for v in values if callable(v)]
 
 
@@ -694,7 +703,10 @@ def _home(function):
 
 def _is_own(registry, name):
     """Whether a part was registered outside act."""
-    return name not in registry.built_in and not all(_home(f) == "act" for f in _callables(registry[name]))
+    if name in registry.built_in:
+        return False
+    part = registry[name]
+    return _is_record(part) or not all(_home(f) == "act" for f in _callables(part))
 
 
 def _own_parts():

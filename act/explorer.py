@@ -432,7 +432,7 @@ def _weights(backbone): return {k: v.detach().clone() for k, v in backbone.state
 def _tuning_states(backbone, task, config, progress):
     """{name: weights}: frozen, and after each epoch of tuning."""
     labels = task.labels[task.indices("train")]
-    steps = len(batches(labels, max(1, config.batch // config.copies), config.seed, 0, config.per_class))
+    steps = len(batches(labels, max(1, config.batch // config.views_per_clip), config.seed, 0, config.per_class))
     states = {"frozen": _weights(backbone)}
 
     def remember(row, model):

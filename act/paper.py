@@ -61,14 +61,15 @@ def named_method(name):
         If the name is none of these.
     """
     losses = _losses()
-    if name in (FROZEN, *METHODS):
+    methods = METHODS.load_installed()
+    if name == FROZEN or name in methods:
         return name, {}
     if name in losses:
         return losses[name], dict(loss=name)
     method, _, loss = name.partition(" ")
-    if method in METHODS and loss in losses:
+    if method in methods and loss in losses:
         return method, dict(loss=loss)
-    known = ", ".join((FROZEN, *METHODS, *losses))
+    known = ", ".join((FROZEN, *methods, *losses))
     raise StudyError(f"no method {name!r}: choose from {known}, or a method and a loss, as in 'lp-ft bce'")
 
 
@@ -177,6 +178,12 @@ def _pair(key, value):
         _refuse(key, value, "a pair of numbers, such as [10, 40]")
     return tuple(numbers)
 
+# %% ../nbs/api/16_paper.ipynb #pap00079
+def _mapping(key, value):
+    if not isinstance(value, dict):
+        _refuse(key, value, "a mapping of names to values")
+    return value
+
 # %% ../nbs/api/16_paper.ipynb #pap00024
 def _jobs(key, value):
     if value in (None, "auto"):
@@ -220,7 +227,8 @@ def _options(key, value):
     if not isinstance(value, dict):
         _refuse(key, value, "a mapping, such as {lr: 0.001, passes: 8}")
     options = _checked(RUN_OPTIONS, key, value)
-    of_any_method = {name: v for name, v in options.items() if name != "loss"}
+    # which losses are possible depends on the method
+    of_any_method = {name: v for name, v in options.items() if name not in ("loss", "loss_options")}
     try:
         TuneConfig(**of_any_method)
     except ActError as e:
@@ -255,6 +263,7 @@ CHECKS = {
     int: _integer,
     float: _number,
     tuple: _pair,
+    dict: _mapping,
     Count: _count,
     Jobs: _jobs,
     FolderName: _folder_name,
@@ -272,10 +281,8 @@ def _check_list(kind, key, value):
 
 
 def _check_mapping(key_kind, kind, key, value):
-    if not isinstance(value, dict):
-        _refuse(key, value, "a mapping of names to values")
     checked = {}
-    for name, each in value.items():
+    for name, each in _mapping(key, value).items():
         name_checked = check_value(key_kind, f"a key of {key}", name)
         checked[name_checked] = check_value(kind, f"{key}.{name}", each)
     return checked
@@ -399,6 +406,7 @@ def register_artefact(artefact):
         Replaces one of the same section.
     """
     ARTEFACTS[artefact.section] = artefact
+    ARTEFACTS.built_in.add(artefact.section)        # the worker processes of a study do not need it
 
 
 def artefact_of(section):
@@ -799,3 +807,4 @@ def register_claim(name, claim):
         Text, statistic and the function that computes its rows.
     """
     CLAIMS[name] = claim
+    CLAIMS.built_in.add(name)       # the worker processes of a study do not need it

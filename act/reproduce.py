@@ -33,7 +33,7 @@ from .manifest import load_manifest
 from .paper import planned_runs, training_passes
 from .study import default_jobs
 from .tasks import list_tasks, load_task
-from .tuning import Tunable, classifier_head
+from .tuning import EncoderWithHead, classifier_head
 
 # %% ../nbs/api/18_reproduce.ipynb #cli00008
 class ReproduceError(ActError):
@@ -472,7 +472,7 @@ def audio_speed(backbone, precision="32-true", seconds=4., rows=4, steps=2):
     float
     """
     fabric, encoder = default_fabric(precision), load_backbone(backbone, pretrained=False)
-    model = Tunable(encoder, classifier_head(encoder.dim, 2))
+    model = EncoderWithHead(encoder, classifier_head(encoder.dim, 2))
     model = fabric.setup(model)
     x, lengths = torch.randn(rows, int(seconds * encoder.sample_rate), device=fabric.device), torch.full((rows,), int(seconds * encoder.sample_rate), device=fabric.device)
     for step in range(steps + 1):

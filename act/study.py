@@ -23,7 +23,7 @@ import traceback
 import warnings
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -42,7 +42,7 @@ from .embeddings import embed, fingerprint
 from .geometry import geometry, purity
 from .probes import dual_probe
 from .tasks import SPLITS, load_task
-from .tuning import METHODS, TuneConfig, loss_functions, tune
+from .tuning import METHODS, TuneConfig, option_pairs, tune, tuning_functions
 
 # %% ../nbs/api/15_study.ipynb #stu00006
 FROZEN = "frozen"       # the method of a run that does not tune
@@ -71,6 +71,8 @@ class Run:
     ------
     StudyError
         If the method is unknown.
+    TuningError
+        If the loss is a function that is not registered, since a record needs its name.
     """
     task: str
     backbone: str
@@ -79,15 +81,10 @@ class Run:
     options: tuple = ()
 
     def __post_init__(self):
-        known = (FROZEN, *METHODS)
+        known = (FROZEN, *METHODS.load_installed())
         if self.method not in known:
             raise StudyError(f"method={self.method!r}: choose one of {', '.join(known)}")
-        options = sorted(dict(self.options).items())
-        object.__setattr__(self, "options", tuple(options))
-
-    def __hash__(self):
-        names = tuple(dict(self.options))       # the values may be dicts, which have no hash
-        return hash((self.task, self.backbone, self.method, self.seed, names))
+        object.__setattr__(self, "options", option_pairs(self.options))
 
     @property
     def config(self):
@@ -160,16 +157,16 @@ def _task_identity(name):
 
 
 def _code_of_parts(run):
-    """The code of the loss and of the clips of a run, wherever it is defined.
+    """The code of the method, of the loss and of the clips of a run, wherever it is defined.
 
     The functions that build the task and the encoder are not followed: what they build is hashed itself.
     """
     task = _task(run.task)
-    losses = []
+    functions = []
     if run.config is not None:
-        losses = loss_functions(run.config, task.multilabel)
+        functions = tuning_functions(run.config, task.multilabel)
     kinds = dict.fromkeys(type(clip) for clip in task.clips)
-    return code_of(*losses, *kinds)
+    return code_of(*functions, *kinds)
 
 # %% ../nbs/api/15_study.ipynb #stu00012b
 def run_identity(run):
@@ -533,13 +530,6 @@ def _threads(number):
     finally:
         torch.set_num_threads(before)
 
-
-def _json_value(value):
-    """An option that JSON cannot hold: an `Augment` as its fields, a function as its name."""
-    if is_dataclass(value):
-        return asdict(value)
-    return getattr(value, "__qualname__", repr(value))
-
 # %% ../nbs/api/15_study.ipynb #stu00244
 def execute(run, store, progress=False, key=None):
     """Do one run, unless its record exists.
@@ -574,7 +564,7 @@ def execute(run, store, progress=False, key=None):
         outcome, ended = _outcome(run, checkpoints, progress)
     fields = dict(asdict(run), options=dict(run.options))
     record = dict(key=key, run=fields, provenance=provenance(), code=code_digest(), **outcome)
-    record = json.loads(json.dumps(record, default=_json_value))       # equal to what is read from its file
+    record = json.loads(json.dumps(record, default=asdict))       # equal to what is read from its file
     store.put(record)
     if ended:
         shutil.rmtree(checkpoints, ignore_errors=True)
