@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SINGLE_LABEL_METHODS', 'MULTI_LABEL_METHODS', 'OTHERS', 'Count', 'Jobs', 'FolderName', 'FilePath', 'Options',
            'Trials', 'ARTEFACTS', 'TABLE_2', 'TABLE_3', 'TABLE_4', 'TABLE_4_LABELS', 'FIGURE_2', 'FIGURE_3', 'SECTIONS',
-           'UNDER_TEST', 'CHOOSING', 'COMMON', 'CLAIMS', 'named_method', 'named_methods', 'PlannedRow', 'trials_for',
-           'PaperError', 'check_value', 'SavedTable', 'Artefact', 'register_artefact', 'artefact_of', 'saved_tables',
-           'planned_rows', 'register_rows', 'training_passes', 'planned_runs', 'check_names', 'checked_profile',
-           'parameters', 'Claim', 'register_claim']
+           'COMMON', 'CLAIMS', 'named_method', 'named_methods', 'PlannedRow', 'trials_for', 'PaperError', 'check_value',
+           'SavedTable', 'Artefact', 'register_artefact', 'artefact_of', 'saved_tables', 'planned_rows',
+           'register_rows', 'training_passes', 'planned_runs', 'check_names', 'checked_profile', 'parameters', 'Claim',
+           'register_claim']
 
 # %% ../nbs/api/16_paper.ipynb #pap00003
 import difflib
@@ -539,10 +539,7 @@ def saved_tables():
     return tables
 
 # %% ../nbs/api/16_paper.ipynb #pap00085
-_TABLES = [table for artefact in ARTEFACTS.values() for table in artefact.tables]
 SECTIONS = tuple(ARTEFACTS)
-UNDER_TEST = {table.name: table.under_test for table in _TABLES if table.under_test}
-CHOOSING = tuple(table.name for table in _TABLES if table.choosing)
 
 # %% ../nbs/api/16_paper.ipynb #pap00063
 def _require_options(artefact, options):
