@@ -892,16 +892,15 @@ def _is_record(part):
     return dataclasses.is_dataclass(part) and not isinstance(part, type)
 
 
-def _callables(parts):
-    """The functions and classes in some registered parts."""
-    functions = []
-    for part in parts:
-        if _is_record(part):
-            values = vars(part).values()
-        else:
-            values = part if isinstance(part, (tuple, list)) else [part]
-        functions += [value for value in values if callable(value)]
-    return functions
+def _callables(part):
+    """The functions and classes in a registered part; none in a part that is data."""
+    if _is_record(part):
+        values = vars(part).values()
+    elif isinstance(part, (tuple, list)):
+        values = part
+    else:
+        values = [part]
+    return [value for value in values if callable(value)]
 
 # %% ../nbs/api/00_core.ipynb #cor00474
 def registered_code():
@@ -912,10 +911,11 @@ def registered_code():
     dict of str to str
         As of `code_of`.
     """
-    parts = []
+    functions = []
     for registry in REGISTRIES.values():
-        parts += registry.load_installed().values()
-    return code_of(*_callables(parts))
+        for part in registry.load_installed().values():
+            functions += _callables(part)
+    return code_of(*functions)
 
 # %% ../nbs/api/00_core.ipynb #cor00471
 def _home(function):
@@ -931,10 +931,10 @@ def _is_added(registry, name):
     if name in registry.built_in:
         return False
     part = registry[name]
-    if _is_record(part):
-        return True
-    homes = [_home(function) for function in _callables([part])]
-    return any(home != "act" for home in homes)
+    functions = _callables(part)
+    if _is_record(part) or not functions:
+        return True            # act's own records and data are built in
+    return any(_home(function) != "act" for function in functions)
 
 # %% ../nbs/api/00_core.ipynb #cor00475
 def _added_parts():
@@ -993,7 +993,8 @@ def pack_parts():
         return b""
     functions = []
     for parts in added.values():
-        functions += _callables(parts.values())
+        for part in parts.values():
+            functions += _callables(part)
     with contextlib.ExitStack() as stack:
         for module in _user_modules(functions):
             cloudpickle.register_pickle_by_value(module)
