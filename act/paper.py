@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SINGLE_LABEL_METHODS', 'MULTI_LABEL_METHODS', 'OTHERS', 'Count', 'Jobs', 'FolderName', 'FilePath', 'Options',
-           'Trials', 'ARTEFACTS', 'TABLE_2', 'TABLE_3', 'TABLE_4', 'TABLE_4_LABELS', 'FIGURE_2', 'FIGURE_3', 'SECTIONS',
-           'COMMON', 'CLAIMS', 'named_method', 'named_methods', 'PlannedRow', 'trials_for', 'PaperError', 'check_value',
+           'Trials', 'ARTEFACTS', 'TABLE_2', 'TABLE_3', 'TABLE_4', 'TABLE_4_LABELS', 'FIGURE_2', 'FIGURE_3', 'COMMON',
+           'CLAIMS', 'named_method', 'named_methods', 'PlannedRow', 'trials_for', 'PaperError', 'check_value',
            'SavedTable', 'Artefact', 'register_artefact', 'artefact_of', 'saved_tables', 'planned_rows',
            'register_rows', 'training_passes', 'planned_runs', 'check_names', 'checked_profile', 'parameters', 'Claim',
            'register_claim']
@@ -537,9 +537,6 @@ def saved_tables():
     for artefact in ARTEFACTS.load_installed().values():
         tables |= {table.name: table for table in artefact.tables}
     return tables
-
-# %% ../nbs/api/16_paper.ipynb #pap00085
-SECTIONS = tuple(ARTEFACTS)
 
 # %% ../nbs/api/16_paper.ipynb #pap00063
 def _require_options(artefact, options):

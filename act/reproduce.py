@@ -29,7 +29,7 @@ from .backbones import load_backbone
 from .core import ActError, cache_dir, full_path, write_atomic
 from .embeddings import default_fabric
 from .manifest import PROFILES, list_entries, load_manifest, names_of
-from .paper import SECTIONS, checked_profile, planned_runs, training_passes
+from .paper import ARTEFACTS, COMMON, checked_profile, planned_runs, training_passes
 from .report import alternative_text, picture
 from .study import Store, code_digest, default_jobs, provenance
 from .tasks import list_tasks, load_task
@@ -486,7 +486,7 @@ def _selected_sections(profile, only):
     selected = {}
     for key, value in profile.items():
         has_notebook = any(stem.startswith(key) for stem in stems)
-        if has_notebook or key not in SECTIONS:
+        if has_notebook or key in COMMON:
             selected[key] = value
     return selected
 
@@ -504,7 +504,7 @@ def needed_entries(profile, only=None):
     Returns
     -------
     list of str
-        The data and the weights of its rows, and what its Table 1 counts.
+        The data and the weights of its rows, and the data that its Table 1 counts.
     """
     known = load_manifest()
     planned = planned_runs(_selected_sections(profile, only))
@@ -514,8 +514,8 @@ def needed_entries(profile, only=None):
             needed.add(_entry_of(run.task, known))
             needed.add(_entry_of(run.backbone, known))
     stems = [path.stem for path in paper_notebooks(only)]
-    has_table_1 = any(stem.startswith("table_1") for stem in stems)
-    if has_table_1 and profile["profile"] in PROFILES:
+    counting = [artefact for artefact in ARTEFACTS.values() if artefact.all_data and artefact.notebook in stems]
+    if counting and profile["profile"] in PROFILES:
         for name in names_of(profile["profile"]):
             if known[name]["kind"] == "data":
                 needed.add(name)
