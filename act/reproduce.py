@@ -29,7 +29,7 @@ from .backbones import load_backbone
 from .core import ActError, cache_dir, full_path, write_atomic
 from .embeddings import default_fabric
 from .manifest import PROFILES, list_entries, load_manifest, names_of
-from .paper import ARTEFACTS, COMMON, checked_profile, planned_runs, training_passes
+from .paper import ARTEFACTS, checked_profile, planned_runs, training_passes
 from .report import alternative_text, picture
 from .study import Store, code_digest, default_jobs, provenance
 from .tasks import list_tasks, load_task
@@ -200,15 +200,6 @@ def _data_at_hand():
     return archives, sorted(set(terms))
 
 # %% ../nbs/api/18_reproduce.ipynb #rpd00014
-def _installed_parts():
-    """The digest of what installed packages register."""
-    functions = []
-    for registry in core.REGISTRIES.values():
-        for part in registry.load_installed().values():
-            functions += core._callables(part)
-    return core.code_of(*functions)
-
-
 def _stamp(notebook, parameters, out):
     """The digest of all that decides a notebook's outputs, except the folder they go to."""
     settings = {key: value for key, value in parameters.items() if key != "results"}
@@ -217,7 +208,7 @@ def _stamp(notebook, parameters, out):
         files += sorted(out.glob("*.records.json"))      # the results of the other notebooks
     inputs = core.identity(parameters=settings, files=[core.file_digest(path) for path in files],
                            manifest=load_manifest(), data=_data_at_hand(), code=_library_code(),
-                           own=_installed_parts(), versions=core.versions(), device=core.device_kind())
+                           own=core.registered_code(), versions=core.versions(), device=core.device_kind())
     return inputs.digest
 
 # %% ../nbs/api/18_reproduce.ipynb #rpd00016
@@ -482,13 +473,20 @@ def _entry_of(name, known):
 
 def _selected_sections(profile, only):
     """A profile without the sections whose notebooks are not selected."""
+    known = ARTEFACTS.load_installed()
     stems = [path.stem for path in paper_notebooks(only)]
     selected = {}
     for key, value in profile.items():
-        has_notebook = any(stem.startswith(key) for stem in stems)
-        if has_notebook or key in COMMON:
+        if key not in known or known[key].notebook in stems:
             selected[key] = value
     return selected
+
+
+def _reads_all_data(only):
+    """Whether one of the notebooks reads all data sets of a profile, as Table 1 does."""
+    known = ARTEFACTS.load_installed().values()
+    reading = {artefact.notebook for artefact in known if artefact.all_data}
+    return any(path.stem in reading for path in paper_notebooks(only))
 
 # %% ../nbs/api/18_reproduce.ipynb #rpd00027
 def needed_entries(profile, only=None):
@@ -504,7 +502,7 @@ def needed_entries(profile, only=None):
     Returns
     -------
     list of str
-        The data and the weights of its rows, and the data that its Table 1 counts.
+        The data and the weights of its rows, and what its Table 1 counts.
     """
     known = load_manifest()
     planned = planned_runs(_selected_sections(profile, only))
@@ -513,9 +511,7 @@ def needed_entries(profile, only=None):
         for run in runs:
             needed.add(_entry_of(run.task, known))
             needed.add(_entry_of(run.backbone, known))
-    stems = [path.stem for path in paper_notebooks(only)]
-    counting = [artefact for artefact in ARTEFACTS.values() if artefact.all_data and artefact.notebook in stems]
-    if counting and profile["profile"] in PROFILES:
+    if profile["profile"] in PROFILES and _reads_all_data(only):
         for name in names_of(profile["profile"]):
             if known[name]["kind"] == "data":
                 needed.add(name)
