@@ -270,7 +270,13 @@ def _augment(key, value):
     return _checked(checks, key, value)
 
 
-_CHECKS = {str: _text, int: _integer, float: _number, bool: _flag, Augment: _augment}
+def _loss_options(key, value):
+    if not isinstance(value, dict):
+        _refuse(key, value, "a mapping, such as {threshold: 0.4}")
+    return value
+
+
+_CHECKS = {str: _text, int: _integer, float: _number, bool: _flag, dict: _loss_options, Augment: _augment}
 def _field_check(field):
     "What a value of this field must be; a field that has None by default may be None."
     kinds = get_args(field.type) or [field.type]
@@ -285,7 +291,7 @@ def _options(key, value):
     "Options of a run, with which a `TuneConfig` can be made."
     if not isinstance(value, dict): _refuse(key, value, "a mapping, such as {lr: 0.001, passes: 8}")
     options = _checked(_OPTION_CHECKS, key, value)
-    of_any_method = {name: v for name, v in options.items() if name != "loss"}
+    of_any_method = {name: v for name, v in options.items() if name not in ("loss", "loss_options")}
     try: TuneConfig(**of_any_method)
     except ActError as e: raise PaperError(f"{key}: {e}") from None
     return options

@@ -190,7 +190,7 @@ class ClassificationFamily(LossFamily):
         return call
 
     def local_loss(self, fabric, criterion, outputs, labels, share):
-        """The loss of this process; `share` is its clips over the mean number of clips."""
+        """The loss of the outputs (b, C) of this process, times its clips over the mean number of clips."""
         return criterion(outputs, labels) * share
 
     def chance(self, context):
@@ -264,7 +264,7 @@ def _with_options(self: ContrastiveFamily, loss, options):
 # %% ../nbs/api/09_tuning.ipynb #tun10014
 @patch
 def local_loss(self: ContrastiveFamily, fabric, criterion, outputs, labels, share):
-    """The loss of the joined batch of all processes."""
+    """The loss of the joined batch of all processes; outputs (b, P) are those of this process."""
     return gathered_loss(fabric, outputs, labels, criterion)
 
 

@@ -311,7 +311,7 @@ def test_a_precision_that_an_encoder_cannot_do_is_one_line():
 @pytest.fixture
 def registered():
     """Registries as they were before the test."""
-    before = {kind: dict(registry) for kind, registry in REGISTRIES.items()}
+    before = {kind: dict(registry.load_installed()) for kind, registry in REGISTRIES.items()}
     yield
     for kind, parts in before.items():
         REGISTRIES[kind].clear()
