@@ -1,9 +1,12 @@
 # Two commands: `make reproduce` and `make test`. `make help` lists the rest.
 PROFILE ?= quick
-PYTHON ?= python3
+tested = import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 python3.14 python; do \
+	if $$p -c '$(tested)' 2>/dev/null; then echo $$p; break; fi; done)
 ONLY ?=
 SEEDS ?=
 bin := .venv/bin
+extras := paper,explorer,words,wheels,hf,adapters,formats,docs,dev
 ready := .venv/.ready
 options = --profile $(PROFILE) $(if $(ONLY),--only $(ONLY)) $(if $(SEEDS),--seeds $(SEEDS))
 
@@ -15,11 +18,11 @@ help:            ## this list
 env: $(ready)    ## make .venv from constraints.txt
 
 $(ready): constraints.txt settings.ini setup.py
+	@$(or $(PYTHON),false) -c '$(tested)' || { echo "act needs Python 3.10 to 3.14; name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
 	@echo "Setting up .venv with $$($(PYTHON) --version); the first time downloads about 3 GB and takes some minutes."
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(not (3, 10) <= v <= (3, 13) and "act needs Python 3.10 to 3.13; choose one with make PYTHON=python3.12")'
 	@test -x $(bin)/python || $(PYTHON) -m venv .venv
 	$(bin)/python -m pip install -c constraints.txt setuptools wheel
-	$(bin)/python -m pip install -c constraints.txt --no-build-isolation -e ".[dev,docs,hf,adapters,formats]"
+	$(bin)/python -m pip install -c constraints.txt --no-build-isolation -e ".[$(extras)]"
 	@touch $@
 
 reproduce: $(ready)  ## run the paper notebooks: PROFILE=quick|small|full ONLY=table_2 SEEDS=3

@@ -19,6 +19,9 @@ class build_with_manifest(build_py):
             if Path(name).exists(): shutil.copy(name, Path(self.build_lib) / cfg["lib_path"])
 
 
+EXTRAS = ("paper", "explorer", "words", "wheels", "hf", "adapters", "formats", "log", "docs", "dev")
+
+
 def listed(key): return shlex.split(cfg.get(key, ""))
 
 
@@ -29,8 +32,8 @@ setuptools.setup(
     classifiers=["Development Status :: 3 - Alpha", f"Intended Audience :: {cfg['audience']}",
                  f"Natural Language :: {cfg['language']}", "Programming Language :: Python :: 3",
                  "Topic :: Multimedia :: Sound/Audio :: Analysis"],
-    include_package_data=True, install_requires=listed("requirements"), python_requires=">=" + cfg["min_python"],
-    extras_require={k: listed(f"{k}_requirements") for k in ("dev", "docs", "hf", "adapters", "log", "formats")},
+    package_data={cfg["lib_path"]: ["*.html"]}, install_requires=listed("requirements"), python_requires=">=" + cfg["min_python"],
+    extras_require={k: listed(f"{k}_requirements") for k in EXTRAS},
     long_description=Path("README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
     zip_safe=False, cmdclass={"build_py": build_with_manifest},
     entry_points={"console_scripts": listed("console_scripts"),

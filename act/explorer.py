@@ -28,30 +28,32 @@ from .geometry import project, purity
 from .tuning import TuneConfig, batches, tune
 
 # %% ../nbs/api/19_explorer.ipynb #exp00007
-PERPLEXITY, NEIGHBOURS = 30, 5
+PERPLEXITY = 30     # of t-SNE: about the number of neighbours that a point keeps
+NEIGHBOURS = 5      # listed for a clip
 
 
 class ExplorerError(ActError):
-    """The explorer was given embeddings that do not fit the task."""
+    """The embeddings given to the explorer do not fit the task, or no page can be written."""
 
 
 def unit_rows(z):
     """Rows scaled to length one: (N, D) to (N, D); a zero row stays zero."""
     z = np.asarray(z, np.float64)
-    return z / np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-12)
+    lengths = np.linalg.norm(z, axis=1, keepdims=True)      # (N, 1)
+    return z / np.maximum(lengths, 1e-12)
 
-
+# %% ../nbs/api/19_explorer.ipynb #exp00107
 def flat_map(z, start=None, seed=0):
-    """Two dimensions that keep neighbours together.
+    """A map in two dimensions that keeps neighbours together, by t-SNE.
 
     Parameters
     ----------
     z : ndarray (N, D)
-        Embeddings; cosine similarity counts.
+        Embeddings, compared by cosine similarity.
     start : ndarray (N, 2), optional
-        The map to start from; the principal plane otherwise.
+        The map to start from; by default the first two principal components.
     seed : int
-        Of t-SNE.
+        Random seed of t-SNE.
 
     Returns
     -------
@@ -59,12 +61,21 @@ def flat_map(z, start=None, seed=0):
 
     References
     ----------
-    van der Maaten & Hinton, JMLR 2008; starting small, as scikit-learn advises: Kobak & Linderman, Nature Biotechnology 2021.
+    van der Maaten & Hinton, JMLR 2008. The start is scaled to a small size as in Kobak & Linderman, Nature
+    Biotechnology 2021.
     """
     z = unit_rows(z)
-    start = project(z) if start is None else start
-    start = (start - start.mean(0)) / max(start[:, 0].std(), 1e-12) * 1e-4
-    return TSNE(perplexity=min(PERPLEXITY, (len(z) - 1) / 3), init=start.astype(np.float32), random_state=seed, n_jobs=1).fit_transform(z)
+    if start is None:
+        start = project(z)
+    spread = max(start[:, 0].std(), 1e-12)
+    start = (start - start.mean(0)) / spread * 1e-4
+    tsne = TSNE(
+        perplexity=min(PERPLEXITY, (len(z) - 1) / 3),
+        init=start.astype(np.float32),
+        random_state=seed,
+        n_jobs=1,
+    )
+    return tsne.fit_transform(z)
 
 # %% ../nbs/api/19_explorer.ipynb #exp00010
 def similar_clips(z, k=NEIGHBOURS):
@@ -75,7 +86,7 @@ def similar_clips(z, k=NEIGHBOURS):
     z : ndarray (N, D)
         Embeddings.
     k : int
-        How many; at most N - 1.
+        The number of neighbours; at most N - 1.
 
     Returns
     -------
@@ -83,36 +94,63 @@ def similar_clips(z, k=NEIGHBOURS):
         Positions, the most similar first.
     """
     z = unit_rows(z)
-    similarity = z @ z.T                                                        # (N, N)
+    similarity = z @ z.T                                    # (N, N)
     np.fill_diagonal(similarity, -np.inf)
-    return np.argsort(-similarity, axis=1, kind="stable")[:, :k]
+    order = np.argsort(-similarity, axis=1, kind="stable")
+    return order[:, :k]
 
 # %% ../nbs/api/19_explorer.ipynb #exp00013
-PICTURE = dict(bins=64, frames=96, decibels=60.)
-_WINDOW = 1024      # samples of a frame of the picture
-
-
-def _address(data, kind): return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+def _data_url(data, kind):
+    """Bytes of a media type as a data URL."""
+    encoded = base64.b64encode(data).decode()
+    return f"data:{kind};base64,{encoded}"
 
 
 def sound_address(x, sample_rate):
-    """A waveform (T,) at `sample_rate` Hz as the address of an MP3, its loudest sample at full scale."""
-    x, out = x.numpy() / max(float(x.abs().max()), 1e-9), io.BytesIO()
-    soundfile.write(out, .95 * x, sample_rate, format="MP3", subtype="MPEG_LAYER_III", compression_level=.8)
-    return _address(out.getvalue(), "audio/mpeg")
+    """A waveform (T,) at `sample_rate` Hz as the data URL of an MP3, its peak at 0.95 of full scale."""
+    peak = max(float(x.abs().max()), 1e-9)
+    file = io.BytesIO()
+    soundfile.write(
+        file,
+        .95 * (x.numpy() / peak),
+        sample_rate,
+        format="MP3",
+        subtype="MPEG_LAYER_III",
+        compression_level=.8,
+    )
+    return _data_url(file.getvalue(), "audio/mpeg")
+
+# %% ../nbs/api/19_explorer.ipynb #exp00108
+PICTURE = dict(bins=64, frames=96, decibels=60.)
+_FFT_SIZE = 1024    # samples
 
 
-def picture_address(x, sample_rate):
-    """The mel spectrogram of a waveform (T,) at `sample_rate` Hz, 60 dB deep, low frequencies below, as the address of a PNG."""
+def _levels(x, sample_rate):
+    """The mel spectrogram of a waveform (T,) as grey levels, uint8 (bins, frames), low frequencies below."""
     hop = max(1, len(x) // PICTURE["frames"])
-    x = F.pad(x, (0, max(0, _WINDOW // 2 + 1 - len(x))))      # the first frame mirrors half a window
-    mel = MelSpectrogram(sample_rate, n_fft=_WINDOW, hop_length=hop, n_mels=PICTURE["bins"])(x)
-    decibels = 10 * (mel.flip(0) / mel.max().clamp(min=1e-12)).clamp(min=1e-12).log10()
-    grey = (255 * (1 + decibels / PICTURE["decibels"]).clamp(0, 1)).byte().numpy()
-    image, out = Image.fromarray(grey, "L").convert("P"), io.BytesIO()
-    image.putpalette((255 * colormaps["magma"](np.arange(256))[:, :3]).astype(np.uint8).tobytes())
-    image.save(out, "PNG", optimize=True)
-    return _address(out.getvalue(), "image/png")
+    shortest = _FFT_SIZE // 2 + 1                           # the first frame mirrors half a window
+    x = F.pad(x, (0, max(0, shortest - len(x))))
+    mel = MelSpectrogram(sample_rate, n_fft=_FFT_SIZE, hop_length=hop, n_mels=PICTURE["bins"])(x)
+    peak = mel.max().clamp(min=1e-12)
+    decibels = 10 * (mel.flip(0) / peak).clamp(min=1e-12).log10()
+    grey = (1 + decibels / PICTURE["decibels"]).clamp(0, 1)
+    return (255 * grey).byte().numpy()
+
+# %% ../nbs/api/19_explorer.ipynb #exp00108b
+def _palette():
+    """The 256 colours of the spectrogram, as bytes."""
+    colours = colormaps["magma"](np.arange(256))[:, :3]     # (256, 3), from 0 to 1
+    return (255 * colours).astype(np.uint8).tobytes()
+
+# %% ../nbs/api/19_explorer.ipynb #exp00109
+def picture_address(x, sample_rate):
+    """The mel spectrogram of a waveform (T,) at `sample_rate` Hz, over 60 dB, as the data URL of a PNG."""
+    grey = Image.fromarray(_levels(x, sample_rate))
+    image = grey.convert("P")
+    image.putpalette(_palette())
+    file = io.BytesIO()
+    image.save(file, "PNG", optimize=True)
+    return _data_url(file.getvalue(), "image/png")
 
 # %% ../nbs/api/19_explorer.ipynb #exp00016
 def explorer_data(task, embeddings, title=None, k=NEIGHBOURS, seed=0):
@@ -123,13 +161,13 @@ def explorer_data(task, embeddings, title=None, k=NEIGHBOURS, seed=0):
     task : Task
         N clips, single- or multi-label.
     embeddings : dict of str to ndarray (N, D)
-        Name of each state of the encoder to its embeddings, from before to after.
+        The embeddings in each state of the encoder, from before to after tuning, under the name of the state.
     title : str, optional
-        The task's name otherwise.
+        The title of the page; by default the name of the task.
     k : int
-        Neighbours to list.
+        The number of neighbours to list.
     seed : int
-        Of the maps.
+        Random seed of the maps.
 
     Returns
     -------
@@ -138,50 +176,91 @@ def explorer_data(task, embeddings, title=None, k=NEIGHBOURS, seed=0):
     Raises
     ------
     ExplorerError
-        If there is no embedding, if one has not a row for each clip or holds NaN, or if there are fewer than
-        two clips or dimensions.
+        If there is no embedding, if one has not a row for each clip or contains NaN, or if there are fewer
+        than two clips or dimensions.
     """
-    _fits(task, embeddings)
+    _check_embeddings(task, embeddings)
     k = min(k, len(task) - 1)
-    waves, sample_rate = [c.load(16000) for c in task.clips], 16000
-    hot = task.labels if task.multilabel else torch.nn.functional.one_hot(task.labels, task.n_classes)
-    return dict(title=title or task.name, classes=list(task.classes), labels=[row.nonzero().flatten().tolist() for row in hot],
-                sources=[""] * len(task) if task.groups is None else task.groups.tolist(),
-                states=list(embeddings), maps=_maps(embeddings, seed), neighbours=[similar_clips(z, k).tolist() for z in embeddings.values()],
-                purity=[round(float(purity(z, task.labels, [k])[k]), 3) for z in embeddings.values()],
-                sounds=[sound_address(x, sample_rate) for x in waves], pictures=[picture_address(x, sample_rate) for x in waves])
+    sample_rate = 16000
+    waves = [clip.load(sample_rate) for clip in task.clips]
+    return dict(
+        title=title or task.name,
+        classes=list(task.classes),
+        labels=_label_lists(task),
+        sources=[""] * len(task) if task.groups is None else task.groups.tolist(),
+        states=list(embeddings),
+        maps=_maps(embeddings, seed),
+        neighbours=[similar_clips(z, k).tolist() for z in embeddings.values()],
+        purity=[_purity_at(z, task.labels, k) for z in embeddings.values()],
+        sounds=[sound_address(x, sample_rate) for x in waves],
+        pictures=[picture_address(x, sample_rate) for x in waves],
+    )
 
-
-def _fits(task, embeddings):
-    if not embeddings: raise ExplorerError("no embeddings: give one (N, D) array for each state, such as dict(frozen=..., tuned=...)")
-    if len(task) < 2: raise ExplorerError(f"a map needs two clips or more, {task.name} has {len(task)}")
+# %% ../nbs/api/19_explorer.ipynb #exp00111
+def _check_embeddings(task, embeddings):
+    """Refuse embeddings that do not fit the clips of a task."""
+    if not embeddings:
+        example = "dict(frozen=..., tuned=...)"
+        raise ExplorerError(f"no embeddings: give one (N, D) array for each state, such as {example}")
+    if len(task) < 2:
+        raise ExplorerError(f"a map needs two clips or more, {task.name} has {len(task)}")
     for name, z in embeddings.items():
-        if len(z) != len(task): raise ExplorerError(f"embeddings {name!r} have {len(z)} rows for the {len(task)} clips of {task.name}: embed the same clips")
-        shape = np.shape(z)
-        if len(shape) != 2 or shape[1] < 2:
-            raise ExplorerError(f"embeddings {name!r} have shape {shape}: "
-                                "a map needs (N, D) with two dimensions or more")
-        if not np.isfinite(np.asarray(z)).all():
-            raise ExplorerError(f"embeddings {name!r} hold NaN or infinity: look at the log of tuning, "
-                                "and lower lr if its loss grew")
+        problem = _embedding_problem(task, z)
+        if problem:
+            raise ExplorerError(f"embeddings {name!r} {problem}")
+
+# %% ../nbs/api/19_explorer.ipynb #exp00111b
+def _embedding_problem(task, z):
+    """What is wrong with one embedding of the clips of a task, or None."""
+    if len(z) != len(task):
+        return f"have {len(z)} rows for the {len(task)} clips of {task.name}: embed the same clips"
+    shape = np.shape(z)
+    if len(shape) != 2 or shape[1] < 2:
+        return f"have shape {shape}: a map needs (N, D) with two dimensions or more"
+    if not np.isfinite(np.asarray(z)).all():
+        return "hold NaN or infinity: look at the log of tuning, and lower lr if its loss grew"
+    return None
+
+# %% ../nbs/api/19_explorer.ipynb #exp00112
+def _label_lists(task):
+    """The class ids of each clip, a list of lists."""
+    hot = task.labels
+    if not task.multilabel:
+        hot = F.one_hot(task.labels, task.n_classes)        # (N, C)
+    lists = []
+    for row in hot:
+        lists.append(row.nonzero().flatten().tolist())
+    return lists
 
 
+def _purity_at(z, labels, k):
+    """Purity of the `k` nearest clips, rounded for the caption."""
+    shares = purity(z, labels, [k])
+    return round(float(shares[k]), 3)
+
+# %% ../nbs/api/19_explorer.ipynb #exp00112b
 def _maps(embeddings, seed):
     """Each map as a flat list x0, y0, x1, ... of whole numbers from 0 to 1000."""
-    flat, xy = [], None
+    maps = []
+    xy = None
     for z in embeddings.values():
         xy = flat_map(z, xy, seed)
         centred = xy - (xy.max(0) + xy.min(0)) / 2
-        flat.append((500 + 480 * centred / np.abs(centred).max()).round().astype(int).ravel().tolist())
-    return flat
+        scaled = 500 + 480 * centred / np.abs(centred).max()
+        maps.append(scaled.round().astype(int).ravel().tolist())
+    return maps
 
 # %% ../nbs/api/19_explorer.ipynb #exp00019
 _MAKE = """
 const SVG = "http://www.w3.org/2000/svg";
+const SVG_TAGS = ["svg", "circle", "line", "text", "g"];
 
 function make(tag, attributes, parent) {
-  const node = ["svg", "circle", "line", "text", "g"].includes(tag) ? document.createElementNS(SVG, tag) : document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) name === "text" ? node.textContent = value : node.setAttribute(name, value);
+  const node = SVG_TAGS.includes(tag) ? document.createElementNS(SVG, tag) : document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name === "text") node.textContent = value;
+    else node.setAttribute(name, value);
+  }
   if (parent) parent.append(node);
   return node;
 }
@@ -192,24 +271,33 @@ const shares = (data, i, j) => data.labels[i].some(c => data.labels[j].includes(
 """
 
 # %% ../nbs/api/19_explorer.ipynb #exp00021
-_MAP = """
+_TOWARDS = """
+const DIRECTIONS = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1]};
+
 function towards(points, from, key, shown) {
-  const [dx, dy] = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1]}[key];
+  const [dx, dy] = DIRECTIONS[key];
   let best = from, least = Infinity;
   for (let j = 0; j < points.length / 2; j++) {
-    const x = points[2 * j] - points[2 * from], y = points[2 * j + 1] - points[2 * from + 1];
+    const x = points[2 * j] - points[2 * from];
+    const y = points[2 * j + 1] - points[2 * from + 1];
     const ahead = x * dx + y * dy, aside = Math.abs(x * dy) + Math.abs(y * dx);
-    if (shown(j) && ahead > 0 && ahead >= aside && ahead + 2 * aside < least) [best, least] = [j, ahead + 2 * aside];
+    const cost = ahead + 2 * aside;
+    if (shown(j) && ahead > 0 && ahead >= aside && cost < least) [best, least] = [j, cost];
   }
   return best;
 }
+"""
 
+# %% ../nbs/api/19_explorer.ipynb #exp00114
+_MAP = """
 function drawMap(data, figure, id) {
   const caption = make("figcaption", {}, figure);
   const svg = make("svg", {viewBox: "0 0 1000 1000", role: "listbox", tabindex: 0}, figure);
   const lines = make("g", {class: "lines"}, svg);
-  const dots = data.labels.map((labels, i) => make("circle", {r: 13, role: "option", id: `${id}-${i}`, "data-clip": i,
-    fill: colour(labels[0] ?? 0, data.classes.length), "aria-label": names(data, i)}, svg));
+  const dots = data.labels.map((labels, i) => make("circle", {
+    r: 13, role: "option", id: `${id}-${i}`, "data-clip": i,
+    fill: colour(labels[0] ?? 0, data.classes.length), "aria-label": names(data, i),
+  }, svg));
   return {caption, svg, lines, dots, label: make("text", {class: "label"}, svg)};
 }
 """
@@ -225,18 +313,24 @@ function place(data, map, state, clip, shown) {
     dot.setAttribute("aria-selected", i === clip);
   });
   const share = (100 * data.purity[state]).toFixed(1);
-  map.caption.textContent = `${data.states[state]}: purity of the ${data.neighbours[state][0].length} nearest clips ${share} %`;
+  const count = data.neighbours[state][0].length;
+  map.caption.textContent = `${data.states[state]}: purity of the ${count} nearest clips ${share} %`;
   map.svg.setAttribute("aria-label", map.caption.textContent);
   point(data, map, state, clip);
 }
+"""
 
+# %% ../nbs/api/19_explorer.ipynb #exp00115
+_POINT = """
 function point(data, map, state, clip) {
   map.lines.replaceChildren();
   map.label.textContent = clip < 0 ? "" : names(data, clip);
   if (clip < 0) return;
   const points = data.maps[state], [x, y] = points.slice(2 * clip, 2 * clip + 2);
-  for (const j of data.neighbours[state][clip])
-    make("line", {x1: x, y1: y, x2: points[2 * j], y2: points[2 * j + 1], class: shares(data, clip, j) ? "same" : "other"}, map.lines);
+  for (const j of data.neighbours[state][clip]) {
+    const end = {x2: points[2 * j], y2: points[2 * j + 1]};
+    make("line", {x1: x, y1: y, ...end, class: shares(data, clip, j) ? "same" : "other"}, map.lines);
+  }
   map.label.setAttribute("text-anchor", x > 700 ? "end" : "start");
   map.label.setAttribute("x", x + (x > 700 ? -24 : 24));
   map.label.setAttribute("y", y - 16);
@@ -249,7 +343,8 @@ _CONTROLS = """
 function drawControls(data, root) {
   const bar = make("div", {class: "bar"}, root);
   const slider = make("label", {text: "state of the encoder "}, bar);
-  const range = make("input", {type: "range", min: 0, max: data.states.length - 1, value: data.states.length - 1, step: 1}, slider);
+  const last = data.states.length - 1;
+  const range = make("input", {type: "range", min: 0, max: last, value: last, step: 1}, slider);
   const now = make("output", {}, slider);
   const group = make("div", {class: "classes", role: "group", "aria-label": "show only these classes"}, bar);
   const all = make("button", {type: "button", text: "all", "aria-pressed": true}, group);
@@ -260,23 +355,30 @@ function drawControls(data, root) {
   });
   return {range, now, all, chips};
 }
+"""
+
+# %% ../nbs/api/19_explorer.ipynb #exp00116
+_DETAIL = """
+const HELP = "Point at a clip to see its neighbours; click it, or press Enter, to hear it.";
 
 function drawDetail(data, root) {
   const detail = make("div", {class: "detail"}, root);
   const picture = make("img", {alt: "", hidden: ""}, detail);
   const text = make("div", {}, detail);
-  const heading = make("p", {class: "name", "aria-live": "polite", text: "Point at a clip to see its neighbours; click it, or press Enter, to hear it."}, text);
+  const heading = make("p", {class: "name", "aria-live": "polite", text: HELP}, text);
   const near = [0, 1].map(() => make("p", {class: "near"}, text));
   return {picture, heading, near, audio: make("audio", {controls: "", preload: "none"}, text)};
 }
 
 function describe(data, detail, clip, states) {
+  const kind = j => shares(data, clip, j) ? "same" : "other";
+  const neighbour = j => make("span", {text: names(data, j), class: kind(j)});
   detail.heading.textContent = names(data, clip) + (data.sources[clip] ? `, ${data.sources[clip]}` : "");
   detail.picture.src = data.pictures[clip];
   detail.picture.alt = `Mel spectrogram of ${names(data, clip)}`;
   detail.picture.hidden = false;
-  states.forEach((state, k) => detail.near[k].replaceChildren(`${data.states[state]}, nearest first: `,
-    ...data.neighbours[state][clip].map(j => make("span", {text: names(data, j), class: shares(data, clip, j) ? "same" : "other"}))));
+  states.forEach((state, k) => detail.near[k].replaceChildren(
+    `${data.states[state]}, nearest first: `, ...data.neighbours[state][clip].map(neighbour)));
 }
 """
 
@@ -288,7 +390,10 @@ function render({model, el}) {
   make("p", {class: "title", text: data.title}, root);
   const controls = drawControls(data, root);
   const maps = make("div", {class: "maps"}, root);
-  const pair = ["before", "after"].map(side => drawMap(data, make("figure", {class: side}, maps), `${side}-${Math.random().toString(36).slice(2)}`));
+  const pair = ["before", "after"].map(side => {
+    const id = `${side}-${Math.random().toString(36).slice(2)}`;
+    return drawMap(data, make("figure", {class: side}, maps), id);
+  });
   const detail = drawDetail(data, root);
   let clip = -1;
   const states = () => [0, Number(controls.range.value)];
@@ -304,25 +409,36 @@ function render({model, el}) {
   const look = i => { if (i !== clip) { clip = i; update(); } };
   const choose = i => {
     look(i);
-    if (detail.audio.dataset.clip !== String(i)) { detail.audio.src = data.sounds[i]; detail.audio.dataset.clip = i; }
+    if (detail.audio.dataset.clip !== String(i)) {
+      detail.audio.src = data.sounds[i];
+      detail.audio.dataset.clip = i;
+    }
     detail.audio.currentTime = 0;
     detail.audio.play();
     model.set("selected", i); model.save_changes();
   };
   controls.range.addEventListener("input", update);
   controls.all.addEventListener("click", () => { only.clear(); update(); });
-  controls.chips.forEach((chip, c) => chip.addEventListener("click", () => { only.has(c) ? only.delete(c) : only.add(c); update(); }));
+  controls.chips.forEach((chip, c) => chip.addEventListener("click", () => {
+    only.has(c) ? only.delete(c) : only.add(c);
+    update();
+  }));
   pair.forEach((map, k) => listen(data, map, () => states()[k], shown, () => clip, look, choose));
   update();
 }
+"""
 
+# %% ../nbs/api/19_explorer.ipynb #exp00118
+_LISTEN = """
 function listen(data, map, state, shown, current, look, choose) {
-  const at = event => Number(event.target.dataset.clip ?? -1);
-  map.svg.addEventListener("pointerover", event => { if (at(event) >= 0) look(at(event)); });
-  map.svg.addEventListener("click", event => { if (at(event) >= 0) choose(at(event)); });
+  const clipOf = event => Number(event.target.dataset.clip ?? -1);
+  map.svg.addEventListener("pointerover", event => { if (clipOf(event) >= 0) look(clipOf(event)); });
+  map.svg.addEventListener("click", event => { if (clipOf(event) >= 0) choose(clipOf(event)); });
   map.svg.addEventListener("keydown", event => {
-    const first = data.labels.findIndex((_, i) => shown(i));
-    if (event.key.startsWith("Arrow")) look(current() < 0 ? first : towards(data.maps[state()], current(), event.key, shown));
+    if (event.key.startsWith("Arrow")) {
+      const first = data.labels.findIndex((_, i) => shown(i));
+      look(current() < 0 ? first : towards(data.maps[state()], current(), event.key, shown));
+    }
     else if ((event.key === "Enter" || event.key === " ") && current() >= 0) choose(current());
     else return;
     event.preventDefault();
@@ -335,8 +451,10 @@ _STYLE = """
 .act-explorer { font: 14px/1.45 system-ui, sans-serif; max-width: 75rem; }
 .act-explorer .title { font-weight: 600; margin: 0 0 .4em; }
 .act-explorer .bar { display: flex; flex-direction: column; gap: .5em; }
-.act-explorer .classes { display: flex; flex-wrap: wrap; gap: .25em; max-height: 6.5em; overflow-y: auto; padding: 2px; }
-.act-explorer button { font: inherit; color: inherit; background: none; border: 2px solid; border-radius: 1em; padding: 0 .6em; cursor: pointer; }
+.act-explorer .classes { display: flex; flex-wrap: wrap; gap: .25em; max-height: 6.5em; }
+.act-explorer .classes { overflow-y: auto; padding: 2px; }
+.act-explorer button { font: inherit; color: inherit; background: none; cursor: pointer; }
+.act-explorer button { border: 2px solid; border-radius: 1em; padding: 0 .6em; }
 .act-explorer button[aria-pressed=true] { background: #3f7fbf; color: #fff; }
 .act-explorer .maps { display: grid; grid-template-columns: 1fr 1fr; gap: 1em; }
 .act-explorer figure { margin: .6em 0; min-width: 0; }
@@ -347,33 +465,54 @@ _STYLE = """
 .act-explorer circle.chosen { stroke: currentColor; stroke-width: 7px; }
 .act-explorer line { stroke-width: 4px; }
 .act-explorer line.same { stroke: #2a8; } .act-explorer line.other { stroke: #d55; stroke-dasharray: 14 8; }
-.act-explorer .label { font-size: 40px; font-weight: 600; fill: currentColor; paint-order: stroke; stroke: #8884; stroke-width: 6px; pointer-events: none; }
+.act-explorer .label { font-size: 40px; font-weight: 600; fill: currentColor; pointer-events: none; }
+.act-explorer .label { paint-order: stroke; stroke: #8884; stroke-width: 6px; }
 .act-explorer .detail { display: flex; gap: 1em; align-items: flex-start; min-height: 9.5em; }
 .act-explorer .detail img { width: 14em; height: 8.5em; image-rendering: pixelated; }
 .act-explorer p { margin: .15em 0; } .act-explorer .name { font-weight: 600; }
-.act-explorer .near span { margin-right: .7em; } .act-explorer .near .same::before { content: "= "; color: #2a8; } .act-explorer .near .other::before { content: "\\2260 "; color: #d55; }
+.act-explorer .near span { margin-right: .7em; }
+.act-explorer .near .same::before { content: "= "; color: #2a8; }
+.act-explorer .near .other::before { content: "\\2260 "; color: #d55; }
 .act-explorer :focus-visible { outline: 3px solid #3f7fbf; outline-offset: 1px; }
 @media (max-width: 40rem) { .act-explorer .maps { grid-template-columns: 1fr; } }
 @media (prefers-reduced-motion: reduce) { .act-explorer circle { transition: none; } }
 """
 
 # %% ../nbs/api/19_explorer.ipynb #exp00031
-_SCRIPT = "".join((_MAKE, _MAP, _PLACE, _CONTROLS, _RENDER))
+_SCRIPT = "".join((_MAKE, _TOWARDS, _MAP, _PLACE, _POINT, _CONTROLS, _DETAIL, _RENDER, _LISTEN))
 _PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title>
 <style>:root {{ color-scheme: light dark; }} body {{ margin: 1em; }}{style}</style></head>
 <body><main></main><script type="application/json">{data}</script>
 <script type="module">{script}
-const known = {{data: JSON.parse(document.querySelector("script[type='application/json']").textContent)}};
-render({{model: {{get: name => known[name], set: (name, value) => {{ known[name] = value; }}, save_changes() {{}}}}, el: document.querySelector("main")}});
+const values = {{data: JSON.parse(document.querySelector("script[type='application/json']").textContent)}};
+const model = {{
+  get: name => values[name],
+  set: (name, value) => {{ values[name] = value; }},
+  save_changes() {{}},
+}};
+render({{model, el: document.querySelector("main")}});
 </script></body></html>
 """
 
-
+# %% ../nbs/api/19_explorer.ipynb #exp00119
 def _page(data):
-    title = html.escape(f"{data['title']}: embedding explorer")
+    """The page as HTML."""
     content = json.dumps(data).replace("<", "\\u003c")      # no name of a class can end the script
-    return _PAGE.format(title=title, style=_STYLE, script=_SCRIPT, data=content)
+    title = f"{data['title']}: embedding explorer"
+    return _PAGE.format(
+        title=html.escape(title),
+        style=_STYLE,
+        script=_SCRIPT,
+        data=content,
+    )
+
+
+_FRAME = (
+    '<iframe class="explorer" title="Embedding explorer" '
+    'style="width: 100%; height: 50rem; border: 0" srcdoc="{page}"></iframe>'
+)
 
 # %% ../nbs/api/19_explorer.ipynb #exp00033
 class Explorer(anywidget.AnyWidget):
@@ -387,19 +526,22 @@ class Explorer(anywidget.AnyWidget):
     Attributes
     ----------
     selected : int
-        The clip last chosen, -1 before.
+        The clip that was last clicked; -1 before.
     """
-    _esm, _css = _SCRIPT + "\nexport default {render};\n", _STYLE
+    _esm = _SCRIPT + "\nexport default {render};\n"
+    _css = _STYLE
     data = traitlets.Dict().tag(sync=True)
     selected = traitlets.Int(-1).tag(sync=True)
 
     def save(self, path):
-        """Write the page, whole or not at all: one HTML file that needs no server and no other file.
+        """Write the page: one HTML file that needs no server and no other file.
+
+        An existing file is replaced only when the new one is complete.
 
         Parameters
         ----------
         path : str or Path
-            Its folder is made if missing; ``~`` is the home folder.
+            Its folder is created if it is missing; ``~`` is the home folder.
 
         Returns
         -------
@@ -413,46 +555,67 @@ class Explorer(anywidget.AnyWidget):
         """
         path = full_path(path)
         if path.is_dir():
-            raise ExplorerError(f"{path} is a folder: name a file, such as {path / 'explorer.html'}")
+            example = path / "explorer.html"
+            raise ExplorerError(f"{path} is a folder: name a file, such as {example}")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, _page(self.data))
         return path
 
     def _repr_mimebundle_(self, **options):
         """The widget for a live notebook, the page for a static one."""
-        bundle = super()._repr_mimebundle_(**options) or {}
-        bundle, *metadata = bundle if isinstance(bundle, tuple) else (bundle,)
-        frame = f'<iframe class="explorer" title="Embedding explorer" style="width: 100%; height: 50rem; border: 0" srcdoc="{html.escape(_page(self.data))}"></iframe>'
-        return ({**bundle, "text/plain": f"Explorer of {self.data['title']}", "text/html": frame}, *(metadata or [{}]))
+        shown = super()._repr_mimebundle_(**options) or {}
+        bundle, *metadata = shown if isinstance(shown, tuple) else (shown,)
+        static = {
+            "text/plain": f"Explorer of {self.data['title']}",
+            "text/html": _FRAME.format(page=html.escape(_page(self.data))),
+        }
+        return ({**bundle, **static}, *(metadata or [{}]))
 
 # %% ../nbs/api/19_explorer.ipynb #exp00036
-def _weights(backbone): return {k: v.detach().clone() for k, v in backbone.state_dict().items()}
+def _weights(backbone):
+    """A copy of the encoder's weights."""
+    copies = {}
+    for name, tensor in backbone.state_dict().items():
+        copies[name] = tensor.detach().clone()
+    return copies
 
 
+def _steps_per_epoch(task, config):
+    """The number of training steps in an epoch."""
+    labels = task.labels[task.indices("train")]
+    batch_size = max(1, config.batch // config.views_per_clip)
+    first_epoch = batches(labels, batch_size, config.seed, 0, config.per_class)
+    return len(first_epoch)
+
+# %% ../nbs/api/19_explorer.ipynb #exp00120
 def _tuning_states(backbone, task, config, progress):
     """{name: weights}: frozen, and after each epoch of tuning."""
-    labels = task.labels[task.indices("train")]
-    steps = len(batches(labels, max(1, config.batch // config.views_per_clip), config.seed, 0, config.per_class))
+    n_steps = _steps_per_epoch(task, config)
     states = {"frozen": _weights(backbone)}
 
-    def remember(row, model):
-        if (row["step"] + 1) % steps == 0: states[f"epoch {row['epoch'] + 1}"] = _weights(backbone)
+    def keep_weights(row, model):
+        is_last = (row["step"] + 1) % n_steps == 0
+        if is_last:
+            states[f"epoch {row['epoch'] + 1}"] = _weights(backbone)
 
-    log = tune(backbone, task, config, progress=progress, callback=remember).log
-    return states | {f"epoch {log.epoch.iloc[-1] + 1}": _weights(backbone)}
+    tuned = tune(backbone, task, config, progress=progress, callback=keep_weights)
+    last_epoch = tuned.log.epoch.iloc[-1] + 1
+    states[f"epoch {last_epoch}"] = _weights(backbone)
+    return states
 
-
-def _some(task, clips, seed):
-    """At most `clips` test clips, drawn without regard to their class."""
+# %% ../nbs/api/19_explorer.ipynb #exp00120b
+def _sample_of(task, clips, seed):
+    """At most `clips` random test clips."""
     rows = task.indices("test")
     if min(len(rows), clips) < 2:
-        raise ExplorerError(f"{task.name} has {len(rows)} test clips, of which clips={clips} are to be "
-                            "shown: a map needs two or more")
-    return task.subset(np.sort(np.random.default_rng(seed).permutation(rows)[:clips]))
+        problem = f"{task.name} has {len(rows)} test clips, of which clips={clips} are to be shown"
+        raise ExplorerError(f"{problem}: a map needs two or more")
+    order = np.random.default_rng(seed).permutation(rows)
+    return task.subset(np.sort(order[:clips]))
 
 # %% ../nbs/api/19_explorer.ipynb #exp00037
 def explore(backbone, task, config=TuneConfig(), clips=200, progress=True):
-    """Tune an encoder and see what every epoch did to its embedding.
+    """Tune an encoder, and map its embedding before tuning and after each epoch.
 
     Parameters
     ----------
@@ -463,9 +626,9 @@ def explore(backbone, task, config=TuneConfig(), clips=200, progress=True):
     config : TuneConfig
         Method, loss, budget.
     clips : int
-        Test clips to show, at most; two or more, each adds about 10 kB to the page.
+        The number of test clips to show, at most; two or more. Each adds about 10 kB to the page.
     progress : bool
-        Show the bar of tuning.
+        Show the progress bar of tuning.
 
     Returns
     -------
@@ -476,11 +639,12 @@ def explore(backbone, task, config=TuneConfig(), clips=200, progress=True):
     ExplorerError
         Before anything is tuned, if there are fewer than two clips to show.
     """
-    shown = _some(task, clips, config.seed)
+    shown = _sample_of(task, clips, config.seed)
     states = _tuning_states(backbone, task, config, progress)
     embeddings = {}
     for name, weights in states.items():
         backbone.load_state_dict(weights)
         z = embed(backbone, shown, progress=False, max_seconds=config.max_seconds)
         embeddings[name] = np.array(z)
-    return Explorer(data=explorer_data(shown, embeddings, f"{task.name}, {backbone.name}, {config.method} tuning"))
+    title = f"{task.name}, {backbone.name}, {config.method} tuning"
+    return Explorer(data=explorer_data(shown, embeddings, title))

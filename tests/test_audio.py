@@ -1,4 +1,4 @@
-"""Decoding what comes, refusing what is broken, and a waveform cache that can be trusted."""
+"""Decoding many formats, refusing broken files, and a waveform cache that is always right."""
 import io
 import json
 import math
@@ -32,17 +32,31 @@ def tone(sample_rate=16000, seconds=.5, channels=1, hz=440.):
 # Formats, rates, channels
 
 @pytest.mark.parametrize("suffix, subtype, tolerance", [
-    ("wav", "PCM_16", 1e-4), ("wav", "PCM_U8", 1e-2), ("wav", "PCM_24", 1e-6), ("wav", "FLOAT", 1e-6), ("wav", "DOUBLE", 1e-6), ("wav", "ULAW", 2e-2),
-    ("flac", "PCM_16", 1e-4), ("ogg", "VORBIS", 5e-2), ("opus", "OPUS", 5e-2), ("mp3", "MPEG_LAYER_III", 5e-2), ("aiff", "PCM_16", 1e-4), ("au", "PCM_16", 1e-4)])
+    ("wav", "PCM_16", 1e-4),
+    ("wav", "PCM_U8", 1e-2),
+    ("wav", "PCM_24", 1e-6),
+    ("wav", "FLOAT", 1e-6),
+    ("wav", "DOUBLE", 1e-6),
+    ("wav", "ULAW", 2e-2),
+    ("flac", "PCM_16", 1e-4),
+    ("ogg", "VORBIS", 5e-2),
+    ("opus", "OPUS", 5e-2),
+    ("mp3", "MPEG_LAYER_III", 5e-2),
+    ("aiff", "PCM_16", 1e-4),
+    ("au", "PCM_16", 1e-4),
+])
 @pytest.mark.parametrize("channels", [1, 2])
 def test_every_format(tmp_path, suffix, subtype, tolerance, channels):
     path, sample_rate = tmp_path/f"x.{suffix}", 48000
-    sf.write(path, tone(sample_rate, 1., channels), sample_rate, subtype=subtype, format="OGG" if suffix == "opus" else None)
+    container = "OGG" if suffix == "opus" else None
+    sf.write(path, tone(sample_rate, 1., channels), sample_rate, subtype=subtype, format=container)
     x = read_audio(path)
     assert x.dtype == torch.float32 and x.ndim == 1 and abs(len(x) - sample_rate) < 3000
     middle = x[8000:40000].numpy()
-    if suffix in ("mp3", "opus"): assert abs(float(middle.std()) - .5 / math.sqrt(2)) < tolerance      # these encoders delay
-    else: np.testing.assert_allclose(middle, tone(sample_rate, 1.)[8000:40000, 0], atol=tolerance)
+    if suffix in ("mp3", "opus"):                       # these encoders delay
+        assert abs(float(middle.std()) - .5 / math.sqrt(2)) < tolerance
+    else:
+        np.testing.assert_allclose(middle, tone(sample_rate, 1.)[8000:40000, 0], atol=tolerance)
 
 
 def test_many_channels_are_averaged(tmp_path):
@@ -67,7 +81,11 @@ def test_blockwise_reading_equals_one_read(tmp_path, monkeypatch):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.sampled_from([8000, 11025, 16000, 22050, 32000, 44100, 48000, 96000]), st.sampled_from([8000, 16000, 22050, 24000, 44100, 48000]), st.integers(1, 3000))
+@given(
+    st.sampled_from([8000, 11025, 16000, 22050, 32000, 44100, 48000, 96000]),
+    st.sampled_from([8000, 16000, 22050, 24000, 44100, 48000]),
+    st.integers(1, 3000),
+)
 def test_resample_is_torchaudios(source, target, n):
     x = torch.randn(n, generator=torch.Generator().manual_seed(n))
     ours, theirs = resample(x, source, target), torchaudio.functional.resample(x, source, target)
@@ -84,14 +102,16 @@ def test_resample_of_unrelated_rates_stays_small():
 def test_collate_keeps_every_sample():
     waves = [torch.randn(n) for n in (5, 1, 9)]
     x, lengths = collate(waves)
-    assert x.shape == (3, 9) and all(torch.equal(row[:n], w) and not row[n:].any() for row, n, w in zip(x, lengths, waves))
+    assert x.shape == (3, 9)
+    for row, n, wave in zip(x, lengths, waves):
+        assert torch.equal(row[:n], wave) and not row[n:].any()
 
 
 # Headers that do not know, or lie about, the length
 
 
 def flac_of(samples, path, x, sample_rate=16000):
-    """Write a FLAC file whose header says that it holds so many samples; 0 means unknown, as a streaming encoder leaves it."""
+    """Write a FLAC file whose header states so many samples; 0 means unknown, as of a streaming encoder."""
     sf.write(path, x, sample_rate)
     data = bytearray(path.read_bytes())
     data[21] = data[21] & 0xF0 | samples >> 32
@@ -153,7 +173,10 @@ def test_wav_written_to_a_pipe(tmp_path, change):
     assert audio_info(tmp_path / "x.wav") == (8000, 0.5) and len(read_audio(tmp_path / "x.wav")) == 4000
 
 
-@pytest.mark.parametrize("sample_rate, samples, message", [(50, 100, "not credible"), (8000, 0, "no samples")])
+@pytest.mark.parametrize("sample_rate, samples, message", [
+    (50, 100, "not credible"),
+    (8000, 0, "no samples"),
+])
 def test_what_a_header_shows_is_refused_without_decoding(tmp_path, sample_rate, samples, message):
     sf.write(tmp_path / "x.wav", np.zeros(samples), sample_rate)
     for reader in audio_info, check_audio, read_audio, lambda p: Clip(p).duration:
@@ -260,7 +283,8 @@ def test_stretches_of_compressed_files(tmp_path, suffix, kw):
     whole = read_audio(tmp_path / f"x.{suffix}")
     assert audio_info(tmp_path / f"x.{suffix}") == (sample_rate, 8.0) and len(whole) == 8 * sample_rate
     for start in 0.0, 0.3, 1.0001, 3.77777, 7.4:
-        part, first = read_audio(tmp_path / f"x.{suffix}", start=start, seconds=0.5), round(start * sample_rate)
+        part = read_audio(tmp_path / f"x.{suffix}", start=start, seconds=0.5)
+        first = round(start * sample_rate)
         assert len(part) == sample_rate // 2 and (part - whole[first : first + len(part)]).abs().max() < 1e-6
 
 
@@ -309,10 +333,10 @@ def test_formats_of_ffmpeg(tmp_path, name, channels):
     path = encoded_by_ffmpeg(tmp_path / name, codec, x if channels == 2 else x[:, 0], sample_rate)
     assert decodable(path) and path.suffix.lower() in FFMPEG_SUFFIXES
     y = read_audio(path)
-    found, seconds = check_audio(path)
-    assert (
-        found == sample_rate and seconds == len(y) / sample_rate == Clip(path).duration and abs(seconds - 2) < 0.1
-    )  # encoders pad their last block
+    native_rate, seconds = check_audio(path)
+    assert native_rate == sample_rate
+    assert seconds == len(y) / sample_rate == Clip(path).duration
+    assert abs(seconds - 2) < 0.1  # encoders pad their last block
     loudness = y.unfold(0, sample_rate // 4, sample_rate // 4).square().mean(1).sqrt()[1:7]
     np.testing.assert_allclose(loudness, np.sqrt(0.125) * (0.2 + 0.1 * (np.arange(1, 7) + 0.5)), rtol=0.1)
     for start, length in (0.0, 0.5), (0.7123, 0.5), (1.5, 9.0):
@@ -391,11 +415,10 @@ def test_without_pyav_the_remedy_is_named(tmp_path, monkeypatch, suffix):
     path = tmp_path / f"my call.{suffix}"
     path.write_bytes(bytes(100))
     assert not decodable(path)
+    command = rf"ffmpeg -i 'my call.{suffix}' 'my call.flac'"
+    message = rf"libsndfile cannot read .{suffix}: pip install 'act\[formats\]', or convert it: {command}"
     for reader in audio_info, read_audio, check_audio:
-        with pytest.raises(
-            AudioError,
-            match=rf"libsndfile cannot read .{suffix}: pip install 'act\[formats\]', or convert it: ffmpeg -i 'my call.{suffix}' 'my call.flac'",
-        ):
+        with pytest.raises(AudioError, match=message):
             reader(path)
 
 
@@ -417,14 +440,27 @@ def mutant(rng, originals):
     def field(at, value):
         if suffix == "wav": data[at:at + len(value)] = value
         else: flip_header()
-    rng.choice([flip, flip, flip_header, flip_header, truncate, truncate, splice,
-                lambda: data.clear(), lambda: data.__setitem__(slice(None), b"This is no audio.\n" * rng.randrange(1, 50)),
-                lambda: data.__setitem__(slice(None), rng.randbytes(rng.randrange(1, 4000))),
-                lambda: field(22, struct.pack("<H", rng.choice([0, 1024, 65535]))),                        # channels
-                lambda: field(24, struct.pack("<I", rng.choice([0, 1, 10**9, 2**32 - 1, 44099]))),          # rate
-                lambda: field(34, struct.pack("<H", rng.choice([0, 1, 7, 64, 999]))),                       # bits per sample
-                lambda: field(40, struct.pack("<I", rng.choice([0, 1, 2**31, 2**32 - 1]))),                 # bytes of data
-                lambda: data.__setitem__(slice(None), floats(rng))])()
+    channels = [0, 1024, 65535]
+    rates = [0, 1, 10**9, 2**32 - 1, 44099]
+    bits_per_sample = [0, 1, 7, 64, 999]
+    bytes_of_data = [0, 1, 2**31, 2**32 - 1]
+    rng.choice([
+        flip,
+        flip,
+        flip_header,
+        flip_header,
+        truncate,
+        truncate,
+        splice,
+        lambda: data.clear(),
+        lambda: data.__setitem__(slice(None), b"This is no audio.\n" * rng.randrange(1, 50)),
+        lambda: data.__setitem__(slice(None), rng.randbytes(rng.randrange(1, 4000))),
+        lambda: field(22, struct.pack("<H", rng.choice(channels))),
+        lambda: field(24, struct.pack("<I", rng.choice(rates))),
+        lambda: field(34, struct.pack("<H", rng.choice(bits_per_sample))),
+        lambda: field(40, struct.pack("<I", rng.choice(bytes_of_data))),
+        lambda: data.__setitem__(slice(None), floats(rng)),
+    ])()
     return rng.choice([suffix] * 4 + ["wav", "flac", "ogg", "mp3"]), bytes(data)
 
 
@@ -458,7 +494,8 @@ READER = textwrap.dedent("""
             assert path.name in str(e) and "\\n" not in str(e), e
             seen["refused"] += 1
         slowest = max(slowest, time.perf_counter() - began)
-        memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096 if sys.platform == "linux" else 0)
+        pages = int(Path("/proc/self/statm").read_text().split()[1]) if sys.platform == "linux" else 0
+        memory.append(pages * 4096)
     n = len(paths) // 4
     print(json.dumps(dict(seen, slowest=slowest, grown=max(memory[-n:]) - max(memory[:n]), peak=peak())))
 """)
@@ -466,17 +503,25 @@ READER = textwrap.dedent("""
 
 def test_1200_broken_files_end_in_an_error_or_a_clip(tmp_path, peak_memory):
     x = np.random.default_rng(0).uniform(-.5, .5, 4000)
-    originals = dict(wav=encoded(x, 16000, format="WAV"), flac=encoded(x, 16000, format="FLAC"), ogg=encoded(x, 16000, format="OGG"),
-                     mp3=encoded(x, 16000, format="MP3"), opus=encoded(x, 16000, format="OGG", subtype="OPUS"), aiff=encoded(x, 16000, format="AIFF"))
+    originals = dict(
+        wav=encoded(x, 16000, format="WAV"),
+        flac=encoded(x, 16000, format="FLAC"),
+        ogg=encoded(x, 16000, format="OGG"),
+        mp3=encoded(x, 16000, format="MP3"),
+        opus=encoded(x, 16000, format="OGG", subtype="OPUS"),
+        aiff=encoded(x, 16000, format="AIFF"),
+    )
     rng = random.Random(0)
     for i in range(1200):
         suffix, data = mutant(rng, originals)
         (tmp_path/f"{i:04}.{suffix}").write_bytes(data)
-    done = subprocess.run([sys.executable, "-c", peak_memory + READER, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-c", peak_memory + READER, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-800:]
-    said = json.loads(done.stdout.splitlines()[-1])
-    assert said["valid"] + said["refused"] == 1200 and min(said["valid"], said["refused"]) > 200, said
-    assert said["slowest"] < 5 and said["grown"] < 50e6 and said["peak"] < 1.5e9, said
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["valid"] + report["refused"] == 1200, report
+    assert min(report["valid"], report["refused"]) > 200, report
+    assert report["slowest"] < 5 and report["grown"] < 50e6 and report["peak"] < 1.5e9, report
 
 
 # The waveform cache
@@ -524,9 +569,13 @@ def mtime(cache): return cache.path.stat().st_mtime_ns
 
 
 @pytest.mark.parametrize("harm", [
-    lambda c: c.path.write_bytes(b""), lambda c: c.path.unlink(), lambda c: c.path.with_suffix(".json").write_text("{"),
-    lambda c: c.path.with_suffix(".json").unlink(), lambda c: os.truncate(c.path, c.path.stat().st_size - 4),
-    lambda c: c.path.write_bytes(bytes([c.path.read_bytes()[0] ^ 1]) + c.path.read_bytes()[1:])])
+    lambda c: c.path.write_bytes(b""),
+    lambda c: c.path.unlink(),
+    lambda c: c.path.with_suffix(".json").write_text("{"),
+    lambda c: c.path.with_suffix(".json").unlink(),
+    lambda c: os.truncate(c.path, c.path.stat().st_size - 4),
+    lambda c: c.path.write_bytes(bytes([c.path.read_bytes()[0] ^ 1]) + c.path.read_bytes()[1:]),
+])
 def test_damaged_cache_is_rebuilt(clips, harm):
     cache = opened(clips)
     harm(cache)
@@ -551,11 +600,24 @@ def test_broken_clip_leaves_no_cache(clips, tmp_path):
     assert [p for p in (tmp_path/"cache"/"waves").iterdir() if p.suffix != ".lock"] == []
 
 
+SLOW = textwrap.dedent("""
+    import sys, time
+    from pathlib import Path
+    from act.audio import *
+
+    class Slow(Clip):
+        def load(self, sample_rate):
+            time.sleep(.05)
+            return super().load(sample_rate)
+
+    clips = [Slow(p) for p in sorted(Path(sys.argv[1]).glob("*.wav"))]
+    WaveCache.open(clips, 8000, "a" * 64, workers=1, progress=False)
+""")
+
+
 def test_killed_while_building(clips, tmp_path):
-    code = ("import time; from pathlib import Path; from act.audio import *\n"
-            "class Slow(Clip):\n    def load(self, rate): time.sleep(.05); return super().load(sample_rate)\n"
-            f"WaveCache.open([Slow(p) for p in sorted(Path({str(tmp_path)!r}).glob('*.wav'))], 8000, 'a' * 64, workers=1, progress=False)")
-    child = subprocess.Popen([sys.executable, "-c", code])
+    command = [sys.executable, "-c", SLOW, str(tmp_path)]
+    child = subprocess.Popen(command)
     waves = tmp_path/"cache"/"waves"
     deadline = time.time() + 60
     while not list(waves.glob("*.tmp")) and time.time() < deadline: time.sleep(.01)
@@ -563,7 +625,7 @@ def test_killed_while_building(clips, tmp_path):
     child.kill()
     child.wait()
     assert list(waves.glob("*.tmp")) and not list(waves.glob("*.f32"))
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run(command, check=True)
     cache, = waves.glob("*.f32")
     assert torch.equal(WaveCache(cache)[39], clips[39].load(8000)) and not list(waves.glob("*.tmp"))
 
@@ -584,10 +646,13 @@ GROWTH = textwrap.dedent("""
     from pathlib import Path
     from act.audio import *
     folder, n = Path(sys.argv[1]), int(sys.argv[2])
-    if not (folder/"x.wav").exists(): sf.write(folder/"x.wav", np.random.default_rng(0).uniform(-1, 1, 32000), 16000)
-    cache = WaveCache.open([Clip(folder/"x.wav", name=str(i)) for i in range(n)], 8000, f"{n:064}", workers=2, progress=False)
+    path = folder/"x.wav"
+    if not path.exists(): sf.write(path, np.random.default_rng(0).uniform(-1, 1, 32000), 16000)
+    clips = [Clip(path, name=str(i)) for i in range(n)]
+    cache = WaveCache.open(clips, 8000, f"{n:064}", workers=2, progress=False)
     for i in range(0, n, 16): cache.batch(range(i, min(n, i + 16)))
-    anonymous = sum(int(line.split()[1]) for line in open("/proc/self/smaps_rollup") if line.startswith("Anonymous:"))
+    lines = open("/proc/self/smaps_rollup").readlines()
+    anonymous = sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
     print(anonymous * 1024)
 """)
 
@@ -595,6 +660,10 @@ GROWTH = textwrap.dedent("""
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_stays_flat_when_a_task_grows_tenfold(tmp_path):
-    used = [int(subprocess.run([sys.executable, "-c", GROWTH, str(tmp_path), str(n)], capture_output=True, text=True, check=True,
-                               env={**os.environ, "ACT_CACHE": str(tmp_path/"cache")}).stdout.split()[-1]) for n in (300, 3000)]
+    env = {**os.environ, "ACT_CACHE": str(tmp_path/"cache")}
+    used = []
+    for n in 300, 3000:
+        command = [sys.executable, "-c", GROWTH, str(tmp_path), str(n)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+        used.append(int(done.stdout.split()[-1]))
     assert used[1] < 1.2 * used[0], used

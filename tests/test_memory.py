@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Noise:
-    """So many seconds of noise with a tone of its own."""
+    """Noise of some seconds with a tone that depends on `index`."""
     index: int
     seconds: float
 
@@ -46,7 +46,8 @@ def task_of(seconds, multilabel=False, splits=SPLITS):
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch): monkeypatch.setenv("ACT_CACHE", str(tmp_path / "cache"))
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACT_CACHE", str(tmp_path / "cache"))
 
 
 def embedded(backbone, task, tmp_path, name, **options):
@@ -87,7 +88,7 @@ def test_windows_cover_every_clip_once(lengths, size):
 # ---------------------------------------------------------------- the bound
 
 def test_what_an_encoder_keeps_decides_the_bound():
-    """From 5 MB for a second of speech-embedding to 17 MB of musicnn; nothing of log-mel."""
+    """From 5 MB for a second of audio (speech-embedding) to 17 MB (musicnn); log-mel keeps nothing."""
     def seconds(name):
         backbone = load_backbone(name)
         return default_max_samples(backbone, CPU) / backbone.sample_rate
@@ -97,9 +98,11 @@ def test_what_an_encoder_keeps_decides_the_bound():
 
 
 def test_the_bound_is_the_same_every_time_and_lower_only_where_memory_is_short(monkeypatch):
-    backbone, random_state = load_backbone("random:musicnn-vgg"), torch.get_rng_state()
+    backbone = load_backbone("random:musicnn-vgg")
+    random_state = torch.get_rng_state()
     usual = default_max_samples(backbone, CPU)
-    assert usual == default_max_samples(backbone, CPU) and torch.equal(random_state, torch.get_rng_state())
+    assert usual == default_max_samples(backbone, CPU)
+    assert torch.equal(random_state, torch.get_rng_state())
     most = embeddings.CPU_BYTES
     for free, expected in ((64 * 2**30, usual), (2 * most, usual), (most, usual / 2), (0, 1)):
         monkeypatch.setattr(embeddings, "_free_bytes", lambda device, free=free: free)
@@ -111,7 +114,7 @@ def test_a_part_that_is_not_tuned_keeps_nothing():
     assert top > 1.5 * whole
 
 
-def test_a_container_has_no_more_than_its_limit(tmp_path):
+def test_a_container_leaves_no_more_than_its_limit(tmp_path):
     assert embeddings._container_bytes(tmp_path) == float("inf")
     (tmp_path / "memory.stat").write_text("anon 300\nfile 5000\n")
     for limit, left in (("max\n", float("inf")), ("1000\n", 700)):
@@ -120,20 +123,22 @@ def test_a_container_has_no_more_than_its_limit(tmp_path):
 
 
 class Spy(Backbone):
-    """Remembers the shapes it is given."""
+    """Records the shapes of its inputs."""
     name, sample_rate, dim, min_seconds = "spy", 8000, 8, .01
 
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.net, self.shapes = torch.nn.Linear(80, 8), []
+        self.net = torch.nn.Linear(80, 8)
+        self.shapes = []
 
     def encode(self, x, lengths):
         self.shapes.append(tuple(x.shape))
-        return self.net(x.unfold(1, 80, 80)).square().add(1e-2).log(), lengths // 80
+        frames = self.net(x.unfold(1, 80, 80))
+        return frames.square().add(1e-2).log(), lengths // 80
 
     def costs(self):
-        """Most rows times length, and most rows, since the last call; the second that measures it left out."""
+        """Most clips x length, and most clips, since the last call; the second of noise is left out."""
         shapes = [shape for shape in self.shapes if shape != (1, self.sample_rate)]
         self.shapes = []
         return max(b * t for b, t in shapes), max(b for b, _ in shapes)
@@ -143,18 +148,19 @@ MIXED = [.1, .12, .3, 2., .05, .1, .4, .25, .11, .1, 1., .3, .2, .1, .15, .1, .1
 
 
 def test_no_batch_exceeds_the_bound(tmp_path):
-    """Where a clip alone does, it goes alone; two views of it go one after the other."""
+    """A clip that exceeds it alone makes a batch alone; so does each of two views of it."""
     task = task_of(MIXED, splits=("train", "train", "valid"))
     longest = 2 * 8000
-    for most in (longest, longest // 3, 1):
+    for bound in (longest, longest // 3, 1):
         spy = Spy()
-        embedded(spy, task, tmp_path, f"bound {most}", max_samples=most)
-        assert spy.costs()[0] <= max(most, rounded_length(longest))
-        tune(spy, task, TuneConfig(passes=2, batch=16, max_samples=most, patience=1), progress=False)
-        assert spy.costs()[0] <= max(most, rounded_length(longest))
-        cropped = TuneConfig(passes=2, batch=16, max_samples=most, max_seconds=.1, method="lp-ft")
+        embedded(spy, task, tmp_path, f"bound {bound}", max_samples=bound)
+        assert spy.costs()[0] <= max(bound, rounded_length(longest))
+        whole = TuneConfig(passes=2, batch=16, max_samples=bound, patience=1)
+        tune(spy, task, whole, progress=False)
+        assert spy.costs()[0] <= max(bound, rounded_length(longest))
+        cropped = TuneConfig(passes=2, batch=16, max_samples=bound, max_seconds=.1, method="lp-ft")
         tune(spy, task, cropped, progress=False)
-        assert spy.costs()[0] <= max(most, rounded_length(800))
+        assert spy.costs()[0] <= max(bound, rounded_length(800))
 
 
 def test_a_micro_batch_has_no_more_rows_than_asked():
@@ -165,7 +171,7 @@ def test_a_micro_batch_has_no_more_rows_than_asked():
 
 # ---------------------------------------------------------------- the same results
 
-COMPANY = [.0001, .005, .02, .3, 1., .04, 2.6, .0001, .7, 1.6]        # seconds; two have but some samples
+COMPANY = [.0001, .005, .02, .3, 1., .04, 2.6, .0001, .7, 1.6]        # seconds; two have only a few samples
 
 
 @pytest.mark.parametrize("name", [
@@ -191,7 +197,9 @@ def test_windows_are_averaged_by_their_length(name, max_seconds, tmp_path):
     waves = task.waveforms(backbone.sample_rate)
     for i in (2, 4, 6):
         parts = waves[i].split(round(max_seconds * backbone.sample_rate))
-        with torch.no_grad(): expected = sum(len(p) * backbone(p[None])[0] for p in parts) / len(waves[i])
+        with torch.no_grad():
+            total = sum(len(part) * backbone(part[None])[0] for part in parts)
+        expected = total / len(waves[i])
         assert np.abs(windowed[i] - expected.numpy()).max() <= 1e-5 * expected.abs().max()
 
 
@@ -222,7 +230,7 @@ def test_no_clips_have_no_embeddings():
     (True, dict(method="contrastive", loss="jaccard")), (True, dict(method="contrastive", loss="mulsupcon")),
     (True, dict(method="vanilla", loss="bce")), (True, dict(method="vanilla", loss="asymmetric"))])
 def test_a_bound_changes_no_loss_beyond_rounding(multilabel, options):
-    """Views included: what a row becomes does not depend on its batch. (LP-FT's fit of a head magnifies rounding.)"""
+    """Nor any augmented view. (LP-FT is left out: its first stage magnifies rounding.)"""
     task = task_of(MIXED, multilabel, splits=("train", "train", "valid"))
     config = TuneConfig(passes=6, batch=12, lr=1e-3, patience=5, **options)
     whole, cut = (tune(Spy(), task, replace(config, max_samples=m), progress=False) for m in (10**9, 3000))
@@ -264,16 +272,22 @@ def test_long_clips_are_cropped_anew_in_every_view(monkeypatch):
 def test_crops_follow_from_the_seed():
     task = task_of([.1, 1., 1.5, .1], splits=("train",))
     config = TuneConfig(passes=4, batch=8, max_seconds=.1)
-    first, again, other = (tune(Spy(), task, replace(config, seed=s), progress=False).log.loss.tolist() for s in (0, 0, 1))
-    assert first == again and first != other
+
+    def losses(seed):
+        return tune(Spy(), task, replace(config, seed=seed), progress=False).log.loss.tolist()
+
+    assert losses(0) == losses(0)
+    assert losses(0) != losses(1)
 
 
 def test_a_clip_that_is_too_short_is_named_before_the_first_step():
     class Hasty(Spy): min_seconds = 0.
 
-    stepped = lambda *_: pytest.fail("a step was taken")
+    def stepped(*_): pytest.fail("a step was taken")
+
+    task = task_of([1.] * 40 + [.005], splits=("train",))
     with pytest.raises(BackboneError, match="a clip of 40 samples .*set Hasty.min_seconds") as error:
-        tune(Hasty(), task_of([1.] * 40 + [.005], splits=("train",)), TuneConfig(batch=4), progress=False, callback=stepped)
+        tune(Hasty(), task, TuneConfig(batch=4), progress=False, callback=stepped)
     assert "\n" not in str(error.value)
 
 
@@ -307,22 +321,23 @@ print(before, peak())
 
 
 def measured(peak_memory, repo, seconds, **options):
-    """Bytes before, and at the peak of, tuning and embedding clips of so many seconds in a process of its own."""
+    """Bytes of a new process before tuning and embedding clips of these seconds, and at their peak."""
     script = peak_memory + PEAK.format(tests=str(repo / "tests"), seconds=seconds, options=options)
     env = os.environ | dict(OMP_NUM_THREADS="1")
-    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=env, cwd=repo).stdout
-    return map(int, out.split()[-2:])
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env, cwd=repo)
+    return map(int, done.stdout.split()[-2:])
 
 
 def test_a_long_clip_costs_its_own_length(peak_memory, repo):
-    """One of 6 s among seventeen of a quarter, a third to train on: padded, a batch would keep over a gigabyte."""
+    """6 s among seventeen of a quarter of a second; padded to 6 s, a batch would keep over a gigabyte."""
     before, after = measured(peak_memory, repo, [6.] + [.25] * 17, passes=2, batch=12, max_samples=6 * 16000)
     assert after - before < .4e9
 
 
 @pytest.mark.slow
 def test_five_clips_of_a_minute_among_two_hundred_of_a_second(peak_memory, repo):
-    """With the defaults; once this took more than 20 GB."""
+    """With the default settings; padded batches took more than 20 GB."""
     _, after = measured(peak_memory, repo, [1.] * 200 + [60.] * 5, passes=2)
     assert after < 4e9
 
@@ -349,12 +364,13 @@ fabric.barrier()
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["contrastive", "vanilla"])
 def test_processes_with_different_shares_of_the_long_clips_tune_like_one(method, tmp_path, repo):
-    """One rank's rows fit into memory while the other's do not: both take the same path, and none waits for ever."""
+    """One rank's clips fit into memory, the other's do not: both make the same calls, so none waits."""
     script = tmp_path / "job.py"
     script.write_text(JOB.format(tests=str(repo / "tests")))
     path = os.pathsep.join([str(repo), os.environ.get("PYTHONPATH", "")])
     env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=path)
-    launch, results = [sys.executable, "-m", "torch.distributed.run", "--standalone"], []
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    results = []
     for world in (1, 2):
         command = [*launch, f"--nproc_per_node={world}", script, method, tmp_path / "out.pt"]
         subprocess.run(command, env=env, check=True, timeout=300)

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from act import cli
+
 ACT = Path(sys.executable).with_name("act")
 TINY = dict(profile="tiny", seeds=2, jobs=1,
             table_2=dict(tasks=["words-4", "words-9999"], backbones=["log-mel", "speech-embedding"], tune={"words-4": ["speech-embedding"]}, trials=[dict(lr=1e-3, passes=1)]))
@@ -90,11 +92,20 @@ def test_from_scratch_twice_gives_the_same_bytes(first, tmp_path):
     (["probe", "nowhere.npz"], "nowhere.npz"),
     (["study", "status", "nowhere"], "not a folder"),
 ])
-def test_mistakes_get_one_line_and_a_status(words, said, tmp_path):
-    wrong = subprocess.run([ACT, *words], capture_output=True, text=True, cwd=tmp_path)
-    assert wrong.returncode == 1 and said in wrong.stderr, wrong.stdout + wrong.stderr
-    assert wrong.stderr.count("\n") == 1 and "Traceback" not in wrong.stderr
+def test_mistakes_get_one_line_and_a_status(words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["act", *words])
+    with pytest.raises(SystemExit) as end: cli.main()
+    output = capsys.readouterr()
+    assert end.value.code == 1 and said in output.err, output.out + output.err
+    assert output.err.count("\n") == 1
     assert not list(tmp_path.iterdir())                                    # nothing half-written
+
+
+def test_a_mistake_in_a_process_of_its_own(tmp_path):
+    wrong = subprocess.run([ACT, "reproduce", "--profile", "quik"], capture_output=True, text=True, cwd=tmp_path)
+    assert wrong.returncode == 1 and "choose one of full, quick, small" in wrong.stderr, wrong.stdout + wrong.stderr
+    assert wrong.stderr.count("\n") == 1 and "Traceback" not in wrong.stderr
 
 
 def test_a_misspelt_profile_key_stops_before_anything_runs(tmp_path):

@@ -21,8 +21,13 @@ print(hashlib.sha256(b"".join(sounds[k] for k in sorted(sounds))).hexdigest())
 
 
 def test_fresh_processes_in_any_order_render_the_same_bytes():
-    runs = [subprocess.run([sys.executable, "-c", RENDER, str(i)], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONHASHSEED": str(i)}).stdout for i in range(3)]
-    assert len(set(runs)) == 1
+    digests = set()
+    for i in range(3):
+        command = [sys.executable, "-c", RENDER, str(i)]
+        env = {**os.environ, "PYTHONHASHSEED": str(i)}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+        digests.add(done.stdout)
+    assert len(digests) == 1
 
 
 def test_a_clip_alone_sounds_as_it_does_among_others():
@@ -38,7 +43,9 @@ def test_no_voice_is_on_two_sides():
 
 
 def test_some_clips_of_each_class_leave_the_other_splits_alone():
-    few, whole = load_task("words-8:5"), load_task("words-8")
-    assert [len(few.indices(s)) for s in SPLITS] == [5 * 8, len(whole.indices("valid")), len(whole.indices("test"))]
+    few = load_task("words-8:5")
+    whole = load_task("words-8")
+    valid, test = (len(whole.indices(side)) for side in ("valid", "test"))
+    assert [len(few.indices(side)) for side in SPLITS] == [5 * 8, valid, test]
     with pytest.raises(TaskError, match="choose from 1 to 20"): load_task("words-8:999")
     with pytest.raises(TaskError, match="single-label"): load_task("words-mix-8:5")

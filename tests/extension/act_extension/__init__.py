@@ -1,0 +1,1 @@
+"""Parts for act from another package: each module adds one, in one function."""
