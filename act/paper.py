@@ -208,6 +208,12 @@ def _checked(kinds, key, values):
     return {name: check_value(kinds[name], f"{key}.{name}", value) for name, value in values.items()}
 
 
+def _mapping(key, value):
+    if isinstance(value, dict):
+        return value
+    _refuse(key, value, "a mapping, such as {threshold: 0.4}")
+
+
 def _augment(key, value):
     if value is None:
         return None
@@ -221,9 +227,13 @@ def _options(key, value):
     if not isinstance(value, dict):
         _refuse(key, value, "a mapping, such as {lr: 0.001, passes: 8}")
     options = _checked(RUN_OPTIONS, key, value)
-    of_any_method = {name: v for name, v in options.items() if name not in ("loss", "loss_options")}
+    method = _losses().get(options.get("loss"))
+    checked = options
+    if method is None:           # the loss and its options are checked with the method that they are for
+        method = "contrastive"
+        checked = {name: v for name, v in options.items() if name not in ("loss", "loss_options")}
     try:
-        TuneConfig(**of_any_method)
+        TuneConfig(method=method, **checked)
     except ActError as e:
         raise PaperError(f"{key}: {e}") from None
     return options
@@ -263,6 +273,7 @@ CHECKS = {
     Options: _options,
     Trials: _trials,
     Augment: _augment,
+    dict: _mapping,
 }
 
 # %% ../nbs/api/16_paper.ipynb #pap00029

@@ -425,6 +425,14 @@ def test_records_name_a_function_or_say_how_to(registered):
     assert run.config.loss == "mine" and option_pairs(options) == run.options
 
 
+def test_a_profile_may_give_the_options_of_a_loss():
+    from act.paper import PaperError, checked_profile
+    trials = [dict(loss="jaccard-threshold", loss_options=dict(threshold=.4))]
+    assert checked_profile(dict(table_3=dict(trials=trials)))["table_3"]["trials"] == trials
+    for wrong, expected in (dict(loss_options=3), "a mapping"), (dict(loss="jaccard", loss_options=dict(c=1)), "no options"):
+        with pytest.raises(PaperError, match=expected): checked_profile(dict(table_3=dict(trials=[wrong])))
+
+
 def test_a_loss_is_part_of_a_run(registered):
     from act.core import content_of
     def loss(factor): return lambda z, labels: factor * contrastive_loss(z, labels)
