@@ -299,8 +299,7 @@ def _own_loss(z, labels, kind, temperature):
     dtype = torch.promote_types(z.dtype, torch.float32)
     z = z.to(dtype)
     temperature = _checked_temperature(temperature, z)
-    function = _function_of(kind)
-    loss = function(z, labels, temperature)
+    loss = _function_of(kind)(z, labels, temperature)
     if torch.is_tensor(loss) and loss.numel() == 1:
         anchors = valid_anchors(labels, kind).sum()
         return loss.reshape(()), anchors

@@ -222,20 +222,27 @@ def _augment(key, value):
     return _checked(AUGMENT_OPTIONS, key, value)
 
 # %% ../nbs/api/16_paper.ipynb #pap00025
+def _check_run(key, options):
+    """Raise unless a `TuneConfig` can be made of the options."""
+    method = _losses().get(options.get("loss"))
+    if method is None:      # the table names the method; only with it can its loss be checked
+        method = "contrastive"
+        options = {name: v for name, v in options.items() if name not in ("loss", "loss_options")}
+    try:
+        TuneConfig(method=method, **options)
+    except ActError as e:
+        raise PaperError(f"{key}: {e}") from None
+
+
 def _options(key, value):
     """Options with which a `TuneConfig` can be made."""
     if not isinstance(value, dict):
         _refuse(key, value, "a mapping, such as {lr: 0.001, passes: 8}")
     options = _checked(RUN_OPTIONS, key, value)
-    # which losses are possible depends on the method
-    of_any_method = {name: v for name, v in options.items() if name not in ("loss", "loss_options")}
-    try:
-        TuneConfig(**of_any_method)
-    except ActError as e:
-        raise PaperError(f"{key}: {e}") from None
+    _check_run(key, options)
     return options
 
-
+# %% ../nbs/api/16_paper.ipynb #pap00086
 def _is_by_row(value):
     """Whether trials are given by task, encoder or family, and not as the options of one trial."""
     if not isinstance(value, dict) or set(value) & set(RUN_OPTIONS):
@@ -406,7 +413,6 @@ def register_artefact(artefact):
         Replaces one of the same section.
     """
     ARTEFACTS[artefact.section] = artefact
-    ARTEFACTS.built_in.add(artefact.section)        # the worker processes of a study do not need it
 
 
 def artefact_of(section):
@@ -523,6 +529,7 @@ register_artefact(Artefact(
     plan=_figure_3,
     tables=(SavedTable(FIGURE_3, geometry=True),)))
 register_artefact(Artefact("claims", "claims"))
+ARTEFACTS.built_in.update(ARTEFACTS)       # these need not be sent to other processes
 
 # %% ../nbs/api/16_paper.ipynb #pap00059
 def saved_tables():
@@ -801,4 +808,3 @@ def register_claim(name, claim):
         Text, statistic and the function that computes its rows.
     """
     CLAIMS[name] = claim
-    CLAIMS.built_in.add(name)       # the worker processes of a study do not need it

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'PROJECTIONS', 'LINEAR_PROBE_STEPS', 'LINEAR_PROBE_DECAY', 'METHODS', 'PRECISIONS', 'TuningError',
            'LossFamily', 'ClassificationFamily', 'ContrastiveFamily', 'HeadContext', 'projection_head', 'best_constant',
-           'classifier_head', 'fit_head', 'Method', 'register_method', 'Augment', 'HashableDict', 'TuneConfig',
-           'criterion_of', 'tuning_functions', 'option_pairs', 'augmented', 'batches', 'schedule', 'EncoderWithHead',
-           'Tuned', 'tune', 'live_plot', 'tensorboard']
+           'classifier_head', 'fit_head', 'Method', 'register_method', 'Augment', 'TuneConfig', 'criterion_of',
+           'tuning_functions', 'option_pairs', 'augmented', 'batches', 'schedule', 'EncoderWithHead', 'Tuned', 'tune',
+           'live_plot', 'tensorboard']
 
 # %% ../nbs/api/09_tuning.ipynb #tun00003
 import copy
@@ -181,16 +181,17 @@ class ClassificationFamily(LossFamily):
     def criterion(self, loss, config):
         """A function of outputs and labels that returns a scalar."""
         function = self.function(loss)
-        if not callable(loss) and not config.loss_options:
+        options = config.loss_options or {}
+        if not callable(loss) and not options:
             return function
 
         def call(outputs, labels):
-            value = function(outputs.float(), labels, **config.loss_options)
+            value = function(outputs.float(), labels, **options)
             return _scalar(value, _name_of(loss))
         return call
 
     def local_loss(self, fabric, criterion, outputs, labels, share):
-        """The loss of this process; `share` is its clips over the mean number of clips."""
+        """The loss of the outputs (b, C) of this process, times its clips over the mean number of clips."""
         return criterion(outputs, labels) * share
 
     def chance(self, context):
@@ -245,7 +246,7 @@ class ContrastiveFamily(LossFamily):
 @patch
 def criterion(self: ContrastiveFamily, loss, config):
     """A `ContrastiveLoss` with the temperature and the options of a configuration."""
-    options = dict(config.loss_options)
+    options = config.loss_options or {}
     if not callable(loss) and loss in self.registry.built_in:
         return ContrastiveLoss(loss, config.temperature, **options)
     if callable(loss) or options:
@@ -264,7 +265,7 @@ def _with_options(self: ContrastiveFamily, loss, options):
 # %% ../nbs/api/09_tuning.ipynb #tun10014
 @patch
 def local_loss(self: ContrastiveFamily, fabric, criterion, outputs, labels, share):
-    """The loss of the joined batch of all processes."""
+    """The loss of the joined batch of all processes; outputs (b, P) are those of this process."""
     return gathered_loss(fabric, outputs, labels, criterion)
 
 
@@ -667,21 +668,14 @@ def _as_augment(value):
             raise TuningError(f"augment has no field {name!r}: choose from {', '.join(known)}")
     return Augment(**value)
 
-# %% ../nbs/api/09_tuning.ipynb #tun10042
-class HashableDict(dict):
-    """A dict that can be part of a frozen record; it must not be changed."""
-
-    def __hash__(self):
-        return hash(frozenset(self))
-
 # %% ../nbs/api/09_tuning.ipynb #tun10043
 def _as_loss_options(value):
-    """The options of a loss as a `HashableDict`."""
+    """The options of a loss as a dict of its own, or None if there are none."""
     if value is None:
-        return HashableDict()
+        return None
     if not isinstance(value, dict):
         raise TuningError(f"loss_options={value!r}: must be a dict of parameters of the loss")
-    return HashableDict(value)
+    return dict(value) or None
 
 
 def _check_callable(loss):
@@ -941,7 +935,7 @@ def option_pairs(options):
     Returns
     -------
     tuple of (str, value)
-        Sorted by name. A dict can be hashed; a registered loss is given by its name.
+        Sorted by name; a registered loss is given by its name.
 
     Raises
     ------
@@ -950,8 +944,6 @@ def option_pairs(options):
     """
     written = {}
     for name, value in dict(options).items():
-        if isinstance(value, dict):
-            value = HashableDict(value)
         if name == "loss" and callable(value):
             value = _registered_name(value)
         written[name] = value

@@ -311,7 +311,7 @@ def test_a_precision_that_an_encoder_cannot_do_is_one_line():
 @pytest.fixture
 def registered():
     """Registries as they were before the test."""
-    before = {kind: dict(registry) for kind, registry in REGISTRIES.items()}
+    before = {kind: dict(registry.load_installed()) for kind, registry in REGISTRIES.items()}
     yield
     for kind, parts in before.items():
         REGISTRIES[kind].clear()
@@ -423,6 +423,14 @@ def test_records_name_a_function_or_say_how_to(registered):
     run = Run("words-4", "log-mel", "contrastive", 0, options)
     assert run == Run("words-4", "log-mel", "contrastive", 0, list(map(list, run.options))) and len({run, replace(run)}) == 1
     assert run.config.loss == "mine" and option_pairs(options) == run.options
+
+
+def test_a_profile_may_give_the_options_of_a_loss():
+    from act.paper import PaperError, checked_profile
+    trials = [dict(loss="jaccard-threshold", loss_options=dict(threshold=.4))]
+    assert checked_profile(dict(table_3=dict(trials=trials)))["table_3"]["trials"] == trials
+    for wrong, expected in (dict(loss_options=3), "a mapping"), (dict(loss="jaccard", loss_options=dict(c=1)), "no options"):
+        with pytest.raises(PaperError, match=expected): checked_profile(dict(table_3=dict(trials=[wrong])))
 
 
 def test_a_loss_is_part_of_a_run(registered):
