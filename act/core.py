@@ -845,15 +845,22 @@ class Registry(dict):
     group : str
         The entry points through which installed packages register more, such as ``"act.tasks"``.
     parts : dict, optional
-        The parts of act itself.
+        Parts of act itself.
+
+    Attributes
+    ----------
+    built_in : set of str
+        Names of parts of act: those given here, and those that a module of act adds.
+    revision : int
+        How often something was registered.
     """
     def __init__(self, kind, group, parts=()):
         super().__init__(parts)
         self.kind = kind
         self.group = group
         self.built_in = set(parts)
-        self.revision = 0       # how often something was registered
-        self.complete = False   # whether installed packages were asked
+        self.revision = 0
+        self.complete = False   # whether the entry points were loaded
         REGISTRIES[kind] = self
 
     def __setitem__(self, name, part):
@@ -894,13 +901,18 @@ def _is_record(part):
 
 def _callables(part):
     """The functions and classes in a registered part; none in a part that is data."""
+    functions = [part] if callable(part) else []
     if _is_record(part):
         values = vars(part).values()
+    elif isinstance(part, dict):
+        values = part.values()
     elif isinstance(part, (tuple, list)):
         values = part
     else:
-        values = [part]
-    return [value for value in values if callable(value)]
+        values = []
+    for value in values:
+        functions += _callables(value)
+    return functions
 
 # %% ../nbs/api/00_core.ipynb #cor00474
 def registered_code():
@@ -933,12 +945,12 @@ def _is_added(registry, name):
     part = registry[name]
     functions = _callables(part)
     if _is_record(part) or not functions:
-        return True            # act's own records and data are built in
+        return True            # act names its own records and data in `built_in`
     return any(_home(function) != "act" for function in functions)
 
 # %% ../nbs/api/00_core.ipynb #cor00475
 def _added_parts():
-    """The parts that act does not define, by kind and name; kinds without any are left out."""
+    """The parts that act did not register, by kind and name; kinds without any are left out."""
     added = {}
     for kind, registry in REGISTRIES.items():
         parts = {name: part for name, part in registry.items() if _is_added(registry, name)}
@@ -1007,6 +1019,8 @@ def pack_parts():
 def unpack_parts(data):
     """Register the parts that another process packed.
 
+    A kind whose registry does not exist here is skipped: nothing that was imported here uses it.
+
     Parameters
     ----------
     data : bytes
@@ -1015,6 +1029,7 @@ def unpack_parts(data):
     if not data:
         return
     for kind, parts in pickle.loads(data).items():
-        registry = REGISTRIES[kind]
-        for name, part in parts.items():
-            registry[name] = pickle.loads(part)
+        registry = REGISTRIES.get(kind)
+        if registry is not None:
+            for name, part in parts.items():
+                registry[name] = pickle.loads(part)

@@ -538,6 +538,24 @@ def test_parts_are_registered_where_they_arrive(registered):
     assert REGISTRIES["task"].find("by-hand")
 
 
+def test_parts_of_act_are_not_sent(registered):
+    import act.analysis
+    import act.paper
+    before = {kind: set(parts) for kind, parts in core._added_parts().items()}
+    assert not {"artefacts", "claims", "backbone"} & set(before)
+    register_task("by-hand")(lambda: None)
+    added = {kind: set(parts) for kind, parts in core._added_parts().items()}
+    assert added == {**before, "task": before.get("task", set()) | {"by-hand"}}
+
+
+def test_parts_of_a_kind_that_is_unknown_where_they_arrive_are_left_out(registered):
+    core.Registry("colour", "act.colours")["red"] = "#f00"
+    packed = pack_parts()
+    del REGISTRIES["colour"]
+    unpack_parts(packed)
+    assert "colour" not in REGISTRIES
+
+
 def test_a_task_registered_again_is_another(registered, tmp_path):
     first, second = recordings(tmp_path / "a"), recordings(tmp_path / "b", level=.1)
     keys = []
