@@ -23,7 +23,7 @@ import traceback
 import warnings
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -71,7 +71,7 @@ class Run:
     ------
     StudyError
         If the method is unknown.
-    TuningError
+    act.tuning.TuningError
         If the loss is a function that is not registered, since a record needs its name.
     """
     task: str
@@ -85,6 +85,10 @@ class Run:
         if self.method not in known:
             raise StudyError(f"method={self.method!r}: choose one of {', '.join(known)}")
         object.__setattr__(self, "options", option_pairs(self.options))
+
+    def __hash__(self):
+        names = tuple(dict(self.options))       # the values may be dicts, which have no hash
+        return hash((self.task, self.backbone, self.method, self.seed, names))
 
     @property
     def config(self):
@@ -530,6 +534,13 @@ def _threads(number):
     finally:
         torch.set_num_threads(before)
 
+
+def _json_value(value):
+    """An option that JSON cannot hold: an `Augment` as its fields, another object as Python prints it."""
+    if is_dataclass(value):
+        return asdict(value)
+    return repr(value)
+
 # %% ../nbs/api/15_study.ipynb #stu00244
 def execute(run, store, progress=False, key=None):
     """Do one run, unless its record exists.
@@ -564,7 +575,7 @@ def execute(run, store, progress=False, key=None):
         outcome, ended = _outcome(run, checkpoints, progress)
     fields = dict(asdict(run), options=dict(run.options))
     record = dict(key=key, run=fields, provenance=provenance(), code=code_digest(), **outcome)
-    record = json.loads(json.dumps(record, default=asdict))       # equal to what is read from its file
+    record = json.loads(json.dumps(record, default=_json_value))       # equal to what is read from its file
     store.put(record)
     if ended:
         shutil.rmtree(checkpoints, ignore_errors=True)
