@@ -584,7 +584,7 @@ def _weights(backbone):
 def _steps_per_epoch(task, config):
     """The number of training steps in an epoch."""
     labels = task.labels[task.indices("train")]
-    batch_size = max(1, config.batch // config.copies)
+    batch_size = max(1, config.batch // config.views_per_clip)
     first_epoch = batches(labels, batch_size, config.seed, 0, config.per_class)
     return len(first_epoch)
 

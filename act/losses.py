@@ -250,8 +250,13 @@ LOSSES = CONTRASTIVE_LOSSES.keys()         # their names; a loss that is registe
 _BUILT_IN = frozenset(LOSSES)
 
 
+def _function_of(kind):
+    """The function of a registered kind; a function of the user is a kind itself."""
+    return kind if callable(kind) else CONTRASTIVE_LOSSES[kind]
+
+
 def _check_kind(kind, threshold):
-    if kind not in CONTRASTIVE_LOSSES:
+    if not callable(kind) and kind not in CONTRASTIVE_LOSSES:
         raise LossError(f"unknown kind {kind!r}; choose one of {', '.join(LOSSES)}")
     if torch.is_tensor(threshold) and threshold.requires_grad:
         raise LossError("threshold must be a number; it gets no gradient")
@@ -261,14 +266,15 @@ def _check_kind(kind, threshold):
 def _weight_rows(labels, kind, threshold, dtype=torch.float32):
     """The row builder of `kind` for checked labels; with class ids every kind of this page is SupCon."""
     _check_kind(kind, threshold)
-    builder = CONTRASTIVE_LOSSES[kind]
+    builder = _function_of(kind)
     if kind not in _BUILT_IN: return _own_weight_rows(builder, labels, kind, dtype)
     if labels.ndim == 1: return _same_class(labels, dtype)
     if kind == "jaccard-threshold": return builder(labels.to(dtype), threshold)
     return builder(labels.to(dtype))
 
 # %% ../nbs/api/08_losses.ipynb #los00208
-def _takes_embeddings(kind): return getattr(CONTRASTIVE_LOSSES[kind], "of_embeddings", False)
+def _takes_embeddings(kind):
+    return getattr(_function_of(kind), "of_embeddings", False)
 
 
 def _own_weight_rows(builder, labels, kind, dtype):
@@ -293,7 +299,7 @@ def _own_loss(z, labels, kind, temperature):
     dtype = torch.promote_types(z.dtype, torch.float32)
     z = z.to(dtype)
     temperature = _checked_temperature(temperature, z)
-    loss = CONTRASTIVE_LOSSES[kind](z, labels, temperature)
+    loss = _function_of(kind)(z, labels, temperature)
     if torch.is_tensor(loss) and loss.numel() == 1:
         anchors = valid_anchors(labels, kind).sum()
         return loss.reshape(()), anchors
@@ -452,8 +458,8 @@ def contrastive_loss(z, labels, kind="supcon", temperature=.1, threshold=.3, blo
         of a clip are several rows with the same label.
     labels : LongTensor (N,) or Tensor (N, C)
         Class ids (every integer is a class), or multi-hot labels of 0 and 1.
-    kind : str
-        One of `LOSSES`.
+    kind : str or callable
+        One of `LOSSES`, or a function such as `register_loss` takes.
     temperature : float or Tensor ()
         tau > 0; a tensor that requires a gradient gets it.
     threshold : float

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SINGLE_LABEL_METHODS', 'MULTI_LABEL_METHODS', 'OTHERS', 'Count', 'Jobs', 'FolderName', 'FilePath', 'Options',
-           'Trials', 'ARTEFACTS', 'TABLE_2', 'TABLE_3', 'TABLE_4', 'TABLE_4_LABELS', 'FIGURE_2', 'FIGURE_3', 'SECTIONS',
-           'COMMON', 'CLAIMS', 'named_method', 'named_methods', 'PlannedRow', 'trials_for', 'PaperError', 'check_value',
+           'Trials', 'ARTEFACTS', 'TABLE_2', 'TABLE_3', 'TABLE_4', 'TABLE_4_LABELS', 'FIGURE_2', 'FIGURE_3', 'COMMON',
+           'CLAIMS', 'named_method', 'named_methods', 'PlannedRow', 'trials_for', 'PaperError', 'check_value',
            'SavedTable', 'Artefact', 'register_artefact', 'artefact_of', 'saved_tables', 'planned_rows',
            'register_rows', 'training_passes', 'planned_runs', 'check_names', 'checked_profile', 'parameters', 'Claim',
            'register_claim']
@@ -60,14 +60,15 @@ def named_method(name):
         If the name is none of these.
     """
     losses = _losses()
-    if name in (FROZEN, *METHODS):
+    methods = METHODS.load_installed()
+    if name == FROZEN or name in methods:
         return name, {}
     if name in losses:
         return losses[name], dict(loss=name)
     method, _, loss = name.partition(" ")
-    if method in METHODS and loss in losses:
+    if method in methods and loss in losses:
         return method, dict(loss=loss)
-    known = ", ".join((FROZEN, *METHODS, *losses))
+    known = ", ".join((FROZEN, *methods, *losses))
     raise StudyError(f"no method {name!r}: choose from {known}, or a method and a loss, as in 'lp-ft bce'")
 
 
@@ -176,6 +177,12 @@ def _pair(key, value):
         _refuse(key, value, "a pair of numbers, such as [10, 40]")
     return tuple(numbers)
 
+# %% ../nbs/api/16_paper.ipynb #pap00079
+def _mapping(key, value):
+    if not isinstance(value, dict):
+        _refuse(key, value, "a mapping of names to values")
+    return value
+
 # %% ../nbs/api/16_paper.ipynb #pap00024
 def _jobs(key, value):
     if value in (None, "auto"):
@@ -214,19 +221,27 @@ def _augment(key, value):
     return _checked(AUGMENT_OPTIONS, key, value)
 
 # %% ../nbs/api/16_paper.ipynb #pap00025
+def _check_run(key, options):
+    """Raise unless a `TuneConfig` can be made of the options."""
+    method = _losses().get(options.get("loss"))
+    if method is None:      # the table names the method; only with it can its loss be checked
+        method = "contrastive"
+        options = {name: v for name, v in options.items() if name not in ("loss", "loss_options")}
+    try:
+        TuneConfig(method=method, **options)
+    except ActError as e:
+        raise PaperError(f"{key}: {e}") from None
+
+
 def _options(key, value):
     """Options with which a `TuneConfig` can be made."""
     if not isinstance(value, dict):
         _refuse(key, value, "a mapping, such as {lr: 0.001, passes: 8}")
     options = _checked(RUN_OPTIONS, key, value)
-    of_any_method = {name: v for name, v in options.items() if name != "loss"}
-    try:
-        TuneConfig(**of_any_method)
-    except ActError as e:
-        raise PaperError(f"{key}: {e}") from None
+    _check_run(key, options)
     return options
 
-
+# %% ../nbs/api/16_paper.ipynb #pap00086
 def _is_by_row(value):
     """Whether trials are given by task, encoder or family, and not as the options of one trial."""
     if not isinstance(value, dict) or set(value) & set(RUN_OPTIONS):
@@ -254,6 +269,7 @@ CHECKS = {
     int: _integer,
     float: _number,
     tuple: _pair,
+    dict: _mapping,
     Count: _count,
     Jobs: _jobs,
     FolderName: _folder_name,
@@ -271,10 +287,8 @@ def _check_list(kind, key, value):
 
 
 def _check_mapping(key_kind, kind, key, value):
-    if not isinstance(value, dict):
-        _refuse(key, value, "a mapping of names to values")
     checked = {}
-    for name, each in value.items():
+    for name, each in _mapping(key, value).items():
         name_checked = check_value(key_kind, f"a key of {key}", name)
         checked[name_checked] = check_value(kind, f"{key}.{name}", each)
     return checked
@@ -529,9 +543,6 @@ def saved_tables():
     for artefact in ARTEFACTS.load_installed().values():
         tables |= {table.name: table for table in artefact.tables}
     return tables
-
-# %% ../nbs/api/16_paper.ipynb #pap00085
-SECTIONS = tuple(ARTEFACTS)
 
 # %% ../nbs/api/16_paper.ipynb #pap00063
 def _require_options(artefact, options):

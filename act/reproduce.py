@@ -33,7 +33,7 @@ from .paper import ARTEFACTS, checked_profile, planned_runs, training_passes
 from .report import alternative_text, picture
 from .study import Store, code_digest, default_jobs, provenance
 from .tasks import list_tasks, load_task
-from .tuning import Tunable, classifier_head
+from .tuning import EncoderWithHead, classifier_head
 
 # %% ../nbs/api/18_reproduce.ipynb #cli00008
 class ReproduceError(ActError):
@@ -652,7 +652,7 @@ def audio_speed(backbone, precision="32-true", seconds=4., rows=4, steps=2):
     """
     fabric = default_fabric(precision)
     encoder = load_backbone(backbone, pretrained=False)
-    model = fabric.setup(Tunable(encoder, classifier_head(encoder.dim, 2)))
+    model = fabric.setup(EncoderWithHead(encoder, classifier_head(encoder.dim, 2)))
     samples = int(seconds * encoder.sample_rate)
     x = torch.randn(rows, samples, device=fabric.device)
     lengths = torch.full((rows,), samples, device=fabric.device)

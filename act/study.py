@@ -42,7 +42,7 @@ from .embeddings import embed, fingerprint
 from .geometry import geometry, purity
 from .probes import dual_probe
 from .tasks import SPLITS, load_task
-from .tuning import METHODS, TuneConfig, loss_functions, tune
+from .tuning import METHODS, TuneConfig, option_pairs, tune, tuning_functions
 
 # %% ../nbs/api/15_study.ipynb #stu00006
 FROZEN = "frozen"       # the method of a run that does not tune
@@ -71,6 +71,8 @@ class Run:
     ------
     StudyError
         If the method is unknown.
+    act.tuning.TuningError
+        If the loss is a function that is not registered, since a record needs its name.
     """
     task: str
     backbone: str
@@ -79,11 +81,10 @@ class Run:
     options: tuple = ()
 
     def __post_init__(self):
-        known = (FROZEN, *METHODS)
+        known = (FROZEN, *METHODS.load_installed())
         if self.method not in known:
             raise StudyError(f"method={self.method!r}: choose one of {', '.join(known)}")
-        options = sorted(dict(self.options).items())
-        object.__setattr__(self, "options", tuple(options))
+        object.__setattr__(self, "options", option_pairs(self.options))
 
     def __hash__(self):
         names = tuple(dict(self.options))       # the values may be dicts, which have no hash
@@ -160,16 +161,16 @@ def _task_identity(name):
 
 
 def _code_of_parts(run):
-    """The code of the loss and of the clips of a run, wherever it is defined.
+    """The code of the method, of the loss and of the clips of a run, wherever it is defined.
 
     The functions that build the task and the encoder are not followed: what they build is hashed itself.
     """
     task = _task(run.task)
-    losses = []
+    functions = []
     if run.config is not None:
-        losses = loss_functions(run.config, task.multilabel)
+        functions = tuning_functions(run.config, task.multilabel)
     kinds = dict.fromkeys(type(clip) for clip in task.clips)
-    return code_of(*losses, *kinds)
+    return code_of(*functions, *kinds)
 
 # %% ../nbs/api/15_study.ipynb #stu00012b
 def run_identity(run):
@@ -535,10 +536,10 @@ def _threads(number):
 
 
 def _json_value(value):
-    """An option that JSON cannot hold: an `Augment` as its fields, a function as its name."""
+    """An option that JSON cannot hold: an `Augment` as its fields, another object as Python prints it."""
     if is_dataclass(value):
         return asdict(value)
-    return getattr(value, "__qualname__", repr(value))
+    return repr(value)
 
 # %% ../nbs/api/15_study.ipynb #stu00244
 def execute(run, store, progress=False, key=None):

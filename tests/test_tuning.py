@@ -9,11 +9,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from act.backbones import load_backbone
-from act.losses import CLASSIFICATION_LOSSES
+from act.core import REGISTRIES, ActError, code_of, pack_parts, unpack_parts
+from act.losses import CLASSIFICATION_LOSSES, contrastive_loss, pair_weights, register_loss, soft_target_loss
 from act.tasks import load_task
-from act.tuning import PRECISIONS, Augment, TuneConfig, TuningError, augmented, batches, best_constant, tune
+from act.tuning import (METHODS, PRECISIONS, Augment, Method, TuneConfig, TuningError, _solved_constant, _with_additional_counts,
+                        augmented, batches, best_constant, classifier_head, criterion_of, option_pairs, register_method, tune,
+                        tuning_functions)
 
 CONFIG = TuneConfig(passes=2, batch=64, augment=None, lr=1e-3)
 SCRIPT = """
@@ -75,6 +79,24 @@ def test_no_other_constant_costs_less(loss):
     for change in (-1, -.2, .2, 1):
         for one in torch.eye(6): assert cost(constant + change * one) > cost(constant)
     assert chance == pytest.approx(float(CLASSIFICATION_LOSSES[loss](constant.expand(200, -1), labels)), rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["cross-entropy", "bce"])
+@pytest.mark.parametrize("clips, classes", [(1, 2), (7, 3), (500, 40)])
+def test_closed_forms_agree_with_the_solver(loss, clips, classes):
+    generator = torch.Generator().manual_seed(clips)
+    rates = torch.rand(classes, generator=generator) ** 3                # some labels are rare, some do not occur
+    if loss == "bce": labels = (torch.rand(clips, classes, generator=generator) < rates).long()
+    else: labels = torch.multinomial(rates, clips, replacement=True, generator=generator)
+    criterion = CLASSIFICATION_LOSSES[loss]
+    constant, chance = best_constant(criterion, labels, classes)
+    solved = _solved_constant(criterion, labels, classes)
+    assert constant.dtype == torch.float32
+    assert constant.numpy() == pytest.approx(solved.numpy(), abs=3e-3)           # the solver stops a little early
+    assert chance == pytest.approx(float(criterion(solved.expand(clips, -1), labels)), rel=1e-5)
+    counted = _with_additional_counts(labels, classes)
+    cost = lambda outputs: float(criterion(outputs.double().expand(len(counted), -1), counted))
+    assert cost(constant) <= cost(solved) + 1e-9
 
 
 def test_gradient_caching_tunes_like_the_whole_batch():
@@ -198,7 +220,7 @@ def test_views_differ_and_stay_finite():
 NAN, INFINITY = float("nan"), float("inf")
 WRONG = {                            # what the message says of which values
     "must be a finite number above 0": dict(
-        lr=[0, -1., NAN, INFINITY, None, True, "fast"], head_lr=[0., -1e-3, NAN], clip=[0, INFINITY],
+        lr=[0, -1., NAN, INFINITY, None, True, "fast"], head_lr=[0., -1e-3, NAN], max_grad_norm=[0, INFINITY],
         temperature=[0, -.1, NAN], max_seconds=[0, -3, NAN, INFINITY]),
     "must be a finite number of at least 0": dict(weight_decay=[-.1, NAN], checkpoint_minutes=[-1, NAN]),
     "at least 0 and at most 1": dict(warmup=[1.5, -1, NAN]),
@@ -241,7 +263,7 @@ def test_settings_of_numpy_and_of_json_are_taken():
 def test_a_batch_holds_the_views_of_a_clip():
     with pytest.raises(TuningError, match="batch=2: must be at least the 3 views"):
         TuneConfig(batch=2, views=3)
-    assert TuneConfig(batch=2, views=3, method="vanilla").copies == 1
+    assert TuneConfig(batch=2, views=3, method="vanilla").views_per_clip == 1
 
 
 # ---------------------------------------------------------------- precisions
@@ -282,3 +304,217 @@ def test_a_precision_that_an_encoder_cannot_do_is_one_line():
     with pytest.raises(TuningError, match="precision='bf16-true' is not possible .*choose 32-true") as error:
         tune(Picky(), task, TuneConfig(passes=1, precision="bf16-true"), progress=False)
     assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------- losses with options, losses of the user
+
+@pytest.fixture
+def registered():
+    """Registries as they were before the test."""
+    before = {kind: dict(registry.load_installed()) for kind, registry in REGISTRIES.items()}
+    yield
+    for kind, parts in before.items():
+        REGISTRIES[kind].clear()
+        REGISTRIES[kind].update(parts)
+
+
+Z = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+SETS = (torch.rand(40, 5, generator=torch.Generator().manual_seed(1)) < .4).long()
+IDS = torch.arange(40) % 4
+
+
+def value(labels, **settings):
+    return float(criterion_of(TuneConfig(**settings), labels.ndim == 2)[1](Z[:, :SETS.shape[1]], labels))
+
+
+def test_a_loss_takes_its_options():
+    threshold = value(SETS, loss="jaccard-threshold", loss_options=dict(threshold=.4))
+    z = Z[:, :5]
+    assert threshold == pytest.approx(float(contrastive_loss(z, SETS, "jaccard-threshold", threshold=.4)), rel=1e-6)
+    assert threshold != pytest.approx(value(SETS, loss="jaccard-threshold"), rel=1e-3)
+    focal = value(SETS, method="vanilla", loss="focal", loss_options=dict(gamma=0., alpha=None))
+    assert focal == pytest.approx(value(SETS, method="lp-ft", loss="bce"), rel=1e-6)
+    smoothed = value(IDS, method="vanilla", loss="cross-entropy", loss_options=dict(label_smoothing=.1))
+    assert smoothed == pytest.approx(float(F.cross_entropy(z, IDS, label_smoothing=.1)))
+
+
+def test_the_threshold_decides_which_anchors_are_valid():
+    task = load_task("words-mix-8").subset(range(40))
+    shares = []
+    for threshold in (.1, 1.):
+        config = TuneConfig(loss="jaccard-threshold", loss_options=dict(threshold=threshold), passes=2, views=1, batch=8)
+        shares.append(tune(load_backbone("log-mel"), task, config, progress=False).log.valid_anchors.mean())
+    assert shares[0] > shares[1]
+
+
+@pytest.mark.parametrize("settings, expected", [
+    (dict(loss="jaccard-threshold", loss_options=dict(treshold=.4)), "no option 'treshold': choose from threshold"),
+    (dict(loss="supcon", loss_options=dict(threshold=.4)), "the loss supcon has no options"),
+    (dict(method="vanilla", loss="focal", loss_options=dict(gama=1)), "choose from gamma"),
+    (dict(loss="jaccard", loss_options=dict(temperature=.4)), "temperature is a field of TuneConfig"),
+    (dict(loss="jaccard", loss_options="threshold=.4"), "must be a dict"),
+    (dict(loss_options=dict(threshold=.4)), "name the loss that they are for"),
+    (dict(loss="jaccard-threshold", loss_options=dict(threshold="much")), "loss jaccard-threshold: .*not supported"),
+    (dict(loss=lambda z, labels, margin: z.sum(), loss_options=dict(marg=1)), "choose from margin"),
+    (dict(loss=torch.nn.PReLU()), "PReLU: has parameters, which tuning would not train")])
+def test_options_that_a_loss_does_not_have_are_named(settings, expected):
+    with pytest.raises(TuningError, match=expected) as error: TuneConfig(**settings)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("settings, expected", [
+    (dict(loss="jaccard-threshold", loss_options=dict(threshold=2)), "threshold must lie in"),
+    (dict(method="vanilla", loss="focal", loss_options=dict(gamma=-1)), "gamma must not be negative"),
+    (dict(method="vanilla", loss="focal", loss_options=dict(gamma="much")), "loss focal: fails for the labels"),
+    (dict(loss=lambda z, labels: z), "<lambda>: must return one number; it returned a Tensor of shape"),
+    (dict(loss=lambda z, labels: 3.), "must return one number; it returned a float"),
+    (dict(loss=lambda z, labels: z.detach().sum()), "has no gradient"),
+    (dict(loss=lambda z, labels: z[labels.shape[2]]), "fails for the labels of words-mix-8")])
+def test_a_loss_that_fails_is_named_before_the_encoder_runs(settings, expected, monkeypatch):
+    monkeypatch.setattr("act.tuning.frozen_embeddings", None)
+    task = load_task("words-mix-8").subset(range(24))
+    with pytest.raises(ActError, match=expected) as error:
+        tune(load_backbone("log-mel"), task, TuneConfig(passes=1, batch=8, **settings), progress=False)
+    assert "\n" not in str(error.value)
+
+
+def test_a_loss_of_pytorch_metric_learning_is_a_loss():
+    losses = pytest.importorskip("pytorch_metric_learning.losses")
+    task = load_task("words-4").subset(range(64))
+    config = TuneConfig(passes=2, batch=32, projection="linear")
+    theirs = replace(config, loss=losses.SupConLoss(temperature=config.temperature))
+    logs = [tune(load_backbone("log-mel"), task, c, progress=False).log for c in (config, theirs)]
+    assert logs[1].loss.tolist() == pytest.approx(logs[0].loss.tolist(), rel=1e-3)
+    assert logs[1].valid_anchors.tolist() == logs[0].valid_anchors.tolist()
+
+
+def test_a_function_of_outputs_is_a_loss_of_a_classifier():
+    task = load_task("words-4").subset(range(40))
+    config = TuneConfig(method="lp-ft", passes=1, batch=16)
+    own = replace(config, loss=lambda outputs, labels: F.cross_entropy(outputs, labels))
+    logs = [tune(load_backbone("log-mel"), task, c, progress=False).log for c in (config, own)]
+    assert logs[0].loss.tolist() == pytest.approx(logs[1].loss.tolist(), rel=1e-3)
+    weighted = replace(config, method="vanilla", loss=torch.nn.CrossEntropyLoss(weight=torch.ones(4)))
+    assert np.isfinite(tune(load_backbone("log-mel"), task, weighted, progress=False).log.loss).all()
+
+
+def test_registered_losses_take_options(registered):
+    @register_loss("powered")
+    def powered(labels, power=1.): return pair_weights(labels, "jaccard") ** power
+    @register_loss("scaled", of_embeddings=True)
+    def scaled(z, labels, temperature, factor=1.): return factor * contrastive_loss(z, labels, "jaccard", temperature)
+    weights = pair_weights(SETS, "jaccard") ** 2
+    expected = float(soft_target_loss(Z[:, :5], weights))
+    assert value(SETS, loss="powered", loss_options=dict(power=2.)) == pytest.approx(expected, rel=1e-5)
+    plain = value(SETS, loss="jaccard", temperature=.2)
+    assert value(SETS, loss="scaled", temperature=.2, loss_options=dict(factor=3.)) == pytest.approx(3 * plain, rel=1e-5)
+    assert value(SETS, loss=scaled, temperature=.2) == pytest.approx(plain, rel=1e-6)
+    with pytest.raises(TuningError, match="choose from power"): TuneConfig(loss="powered", loss_options=dict(powr=2))
+    with pytest.raises(TuningError, match="choose from factor"): TuneConfig(loss=scaled, loss_options=dict(fctor=2))
+
+
+def test_records_name_a_function_or_say_how_to(registered):
+    from act.study import Run
+    assert TuneConfig(method="vanilla", loss=F.cross_entropy) == TuneConfig(method="vanilla", loss="cross-entropy")
+    with pytest.raises(TuningError, match="loss=<lambda>: a record needs a name"):
+        Run("words-4", "log-mel", "contrastive", 0, dict(loss=lambda z, labels: z.sum()))
+    mine = register_loss("mine", of_embeddings=True)(lambda z, labels: z.sum())
+    options = dict(loss=mine, loss_options=dict(), passes=1)
+    run = Run("words-4", "log-mel", "contrastive", 0, options)
+    assert run == Run("words-4", "log-mel", "contrastive", 0, list(map(list, run.options))) and len({run, replace(run)}) == 1
+    assert run.config.loss == "mine" and option_pairs(options) == run.options
+
+
+def test_a_profile_may_give_the_options_of_a_loss():
+    from act.paper import PaperError, checked_profile
+    trials = [dict(loss="jaccard-threshold", loss_options=dict(threshold=.4))]
+    assert checked_profile(dict(table_3=dict(trials=trials)))["table_3"]["trials"] == trials
+    for wrong, expected in (dict(loss_options=3), "a mapping"), (dict(loss="jaccard", loss_options=dict(c=1)), "no options"):
+        with pytest.raises(PaperError, match=expected): checked_profile(dict(table_3=dict(trials=[wrong])))
+
+
+def test_a_loss_is_part_of_a_run(registered):
+    from act.core import content_of
+    def loss(factor): return lambda z, labels: factor * contrastive_loss(z, labels)
+    codes = [code_of(*tuning_functions(TuneConfig(loss=f), False)) for f in (loss(1.), loss(2.), loss(2.))]
+    assert codes[0] != codes[1] == codes[2]
+    configs = [TuneConfig(loss=torch.nn.CrossEntropyLoss(label_smoothing=s), method="vanilla") for s in (0., .1)]
+    assert content_of(configs[0].loss) != content_of(configs[1].loss)
+
+
+def test_a_checkpoint_of_another_loss_is_refused(tmp_path):
+    task = load_task("words-mix-8").subset(range(24))
+    config = TuneConfig(passes=1, batch=8, checkpoint_minutes=0, loss="jaccard-threshold")
+    for options in (None, dict(threshold=.3)):
+        changed = replace(config, loss_options=options)
+        tune(load_backbone("log-mel"), task, changed, folder=tmp_path / str(options), progress=False)
+    with pytest.raises(TuningError, match="differs in loss_options"):
+        tune(load_backbone("log-mel"), task, config, folder=tmp_path / str(options), progress=False)
+
+
+# ---------------------------------------------------------------- methods of the user
+
+def shifted_head(context):
+    """A classifier whose biases start one above the base rates, which changes no cross-entropy."""
+    constant, _ = context.best_constant
+    return classifier_head(context.dim, context.n_classes, constant + 1)
+
+
+@pytest.fixture
+def shifted(registered): return register_method("shifted", loss="classification")(shifted_head)
+
+
+def test_a_method_from_outside_tunes(shifted):
+    task = load_task("words-4").subset(range(40))
+    config = TuneConfig(method="shifted", passes=2, batch=16)
+    tuned = tune(load_backbone("log-mel"), task, config, progress=False)
+    vanilla = tune(load_backbone("log-mel"), task, replace(config, method="vanilla"), progress=False)
+    assert tuned.log.loss[0] == pytest.approx(vanilla.log.loss[0]) and tuned.chance == vanilla.chance
+    assert config.epochs == 2 and config.losses == tuple(CLASSIFICATION_LOSSES)
+    with pytest.raises(TuningError, match="choose one of contrastive, vanilla, lp-ft, shifted"): TuneConfig(method="magic")
+
+
+def test_a_method_from_outside_runs_in_a_study(shifted, tmp_path):
+    from act.study import Run, Store, execute, run_key
+    run = Run("words-4", "log-mel", "shifted", 0, dict(passes=1, batch=64))
+    record = execute(run, Store(tmp_path))
+    assert record["status"] == "done" and record["run"]["method"] == "shifted"
+    key = run_key(run)
+    register_method("shifted", loss="classification")(lambda context: classifier_head(context.dim, context.n_classes))
+    assert run_key(run) != key
+
+
+def test_a_method_from_outside_reaches_other_processes(registered):
+    """Also one that is made of parts of act alone; the methods of act itself are not sent."""
+    register_method("mine", loss="classification")(shifted_head)
+    register_method("two views", loss="classification", views=2)(METHODS["vanilla"].head)
+    packed = pack_parts()
+    for name in ("mine", "two views"): del METHODS[name]
+    unpack_parts(packed)
+    assert list(METHODS)[:3] == ["contrastive", "vanilla", "lp-ft"] and set(METHODS) >= {"mine", "two views"}
+    assert METHODS["two views"].head is METHODS["vanilla"].head and TuneConfig(method="two views", passes=4).epochs == 2
+    assert METHODS["mine"].head.__name__ == "shifted_head"
+    del METHODS["mine"], METHODS["two views"]
+    assert pack_parts() == b""
+
+
+def test_a_method_chooses_among_its_losses(registered):
+    register_method("rare", loss="classification", losses=["focal", "asymmetric"])(shifted_head)
+    register_method("any overlap", loss="contrastive", views=None, multi_label="any")(METHODS["contrastive"].head)
+    assert criterion_of(TuneConfig(method="rare"), True)[0] == "focal"
+    assert [criterion_of(TuneConfig(method="any overlap"), m)[0] for m in (False, True)] == ["supcon", "any"]
+    assert TuneConfig(method="any overlap", views=3).views_per_clip == 3
+    with pytest.raises(TuningError, match="rare has no loss 'bce': choose one of focal, asymmetric"):
+        TuneConfig(method="rare", loss="bce")
+
+
+@pytest.mark.parametrize("settings, head, expected", [
+    (dict(name="vanilla", loss="classification"), shifted_head, "'vanilla' is a method of act"),
+    (dict(name="frozen", loss="classification"), shifted_head, "'frozen' is a method of act"),
+    (dict(name=3, loss="classification"), shifted_head, "register_method needs a name"),
+    (dict(name="mine", loss="supcon"), shifted_head, "choose one of contrastive, classification"),
+    (dict(name="mine", loss="contrastive", views=0), shifted_head, "views=0: must be a whole number"),
+    (dict(name="mine", loss="contrastive"), "mlp", "head must be a function")])
+def test_a_method_that_cannot_be_is_named(settings, head, expected, registered):
+    with pytest.raises(TuningError, match=expected): register_method(**settings)(head)
+    assert isinstance(METHODS["vanilla"], Method) and list(METHODS) == ["contrastive", "vanilla", "lp-ft"]
