@@ -122,7 +122,7 @@ def _first_index(mask):
     index = np.argwhere(mask)[0]
     return ", ".join(str(i) for i in index)
 
-
+# %% ../nbs/api/10_metrics.ipynb #met00040
 def _checked_classes(y, name):
     """Labels (N,), after checking that floats are finite and whole."""
     if y.dtype.kind != "f":
@@ -240,7 +240,7 @@ def _check_same_clips(y, other, name):
     if len(y) != len(other):
         raise ProbeError(f"{len(y)} labels but {name} of {len(other)} clips; give one for each clip")
 
-
+# %% ../nbs/api/10_metrics.ipynb #met00041
 def _checked_scores(scores):
     """Scores (N, K) as an array of finite, signed numbers."""
     scores = check_array(scores, "scores")
@@ -312,7 +312,7 @@ def _multi_label_arguments(metric, y, scores, classes):
         raise ProbeError(f"labels {y.shape} and scores {scores.shape} must have the same shape")
     return y, scores
 
-
+# %% ../nbs/api/10_metrics.ipynb #met00042
 def _checked_weights(weights, y):
     """Weights (N, R) of resamples."""
     weights = check_array(weights, "weights")
@@ -452,7 +452,7 @@ def _cumulative(weights):
     nothing = np.zeros_like(weights[:1])
     return np.concatenate([nothing, weights.cumsum(0)])
 
-
+# %% ../nbs/api/10_metrics.ipynb #met00043
 class _Ranking:
     """All clips in the order of falling score of one label, of which P clips are positive."""
 
@@ -474,7 +474,7 @@ class _Ranking:
         of_clips = _cumulative(self.weights)
         return of_positives[positives_above], of_clips[above]
 
-
+# %% ../nbs/api/10_metrics.ipynb #met00045
 def _mean_over_labels(of_label, y, scores, weights):
     """Mean (R,) of a metric of one label over the labels for which it is defined."""
     values = []
@@ -496,13 +496,13 @@ def _average_precision(y, scores, weights):
         return precisions.sum(0) / positives
 
 # %% ../nbs/api/10_metrics.ipynb #pro00020
-_WEIGHTS_PER_BLOCK = 2 ** 24    # how many weights are in memory at a time
-
-
 @_metric(_multi_label_arguments)
 def mAP(y, scores, weights):
     """Average precision, averaged over the labels that occur."""
     return _mean_over_labels(_average_precision, y, scores, weights)
+
+# %% ../nbs/api/10_metrics.ipynb #met00046
+_WEIGHTS_PER_BLOCK = 2 ** 24    # how many weights are in memory at a time
 
 
 @_metric(_multi_label_arguments)

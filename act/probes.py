@@ -45,7 +45,7 @@ def _as_numbers(X, name):
             pass
     raise ProbeError(f"{name} must be real numbers; got {X.dtype}")
 
-
+# %% ../nbs/api/12_probes.ipynb #prb00020
 def _check_finite(X, name="the embeddings"):
     """Make sure that no value is NaN or infinite."""
     for start in range(0, len(X), _ROWS_AT_ONCE):
@@ -100,7 +100,7 @@ def _tensor_from_numpy(probe, X, reset):
     _check_finite(x)
     return x
 
-
+# %% ../nbs/api/12_probes.ipynb #prb00021
 def _checked_embeddings(probe, X, reset=False):
     """Embeddings (N, D) as a float tensor; with `reset`, D becomes the number of features of the probe."""
     if not torch.is_tensor(X):
@@ -208,7 +208,7 @@ def _as_probabilities(logits, multilabel):
         logits = F.pad(logits, (1, 0))    # the logit of the first class is 0
     return logits.softmax(1)
 
-
+# %% ../nbs/api/12_probes.ipynb #prb00022
 def _log_loss(probe, y, p):
     """Mean cross-entropy over the clips whose class occurred in training; NaN if there are none."""
     p = p.clip(1e-12, 1)
@@ -251,7 +251,7 @@ def _checked_penalties(C):
         raise ProbeError(f"C must be positive and finite; got {C}")
     return Cs
 
-
+# %% ../nbs/api/12_probes.ipynb #prb00023
 def _checked_pair(probe, validation):
     """Embeddings and labels of the validation pair."""
     try:
@@ -389,7 +389,7 @@ def _nearest_in_bank(queries, bank, k):
         best = values[:, :k], index[:, :k]
     return best
 
-
+# %% ../nbs/api/12_probes.ipynb #prb00024
 def _nearest_unchecked(queries, bank, k):
     """`nearest`, for arguments that have been checked."""
     values, index = [], []
@@ -437,7 +437,7 @@ def _add_vote(votes, labels, weight):
     else:
         votes.addcmul_(labels, weight[:, None])
 
-
+# %% ../nbs/api/12_probes.ipynb #prb00025
 def _scores_by_k(similarity, index, labels, classes, ks, temperature):
     """Scores (n, classes) for each of the rising `ks`.
 
@@ -454,17 +454,43 @@ def _scores_by_k(similarity, index, labels, classes, ks, temperature):
         for _ in range(ks.count(j + 1)):
             yield votes / total
 
-# %% ../nbs/api/12_probes.ipynb #pro00090
-NEIGHBOURS = (1, 5, 10, 20, 50, 200)    # numbers of neighbours in a sweep
-
-
+# %% ../nbs/api/12_probes.ipynb #prb00028
 def _is_count(k):
     """Whether k is a whole number of at least 1."""
     whole = isinstance(k, Integral)
     return whole and k >= 1
 
 
-class KNNProbe(_Probe):
+class _NeighbourVotes(_Probe):
+    """Scores of fitted neighbours `bank_` and their labels."""
+
+    def _check_settings(self):
+        if not _is_count(self.k):
+            raise ProbeError(f"k must be a whole number, at least 1; got {self.k!r}")
+        T = self.temperature
+        if T is not None and not (isinstance(T, Real) and 0 < T < np.inf):
+            rule = "temperature must be positive and finite, or None for equal votes"
+            raise ProbeError(f"{rule}; got {T!r}")
+
+    def _sweep_scores(self, x, ks):
+        """Scores (N, K) for each of the rising `ks`, capped at the number of training clips."""
+        ks = [min(k, len(self.bank_)) for k in ks]
+        similarity, index = _nearest_unchecked(x, self.bank_.to(x), max(ks))
+        labels = self.labels_.to(x.device)
+        return _scores_by_k(similarity, index, labels, len(self.classes_), ks, self.temperature)
+
+    def _scores(self, x):
+        blocks = []
+        for rows in x.split(_ROWS_AT_ONCE):
+            scores = next(self._sweep_scores(rows, [self.k]))
+            blocks.append(scores)
+        return torch.cat(blocks)
+
+# %% ../nbs/api/12_probes.ipynb #pro00090
+NEIGHBOURS = (1, 5, 10, 20, 50, 200)    # numbers of neighbours in a sweep
+
+
+class KNNProbe(_NeighbourVotes):
     """Cosine k-nearest-neighbour classifier with exponential weights, single- or multi-label.
 
     Parameters
@@ -488,28 +514,6 @@ class KNNProbe(_Probe):
         self.bank_ = _checked_embeddings(self, X, reset=True)
         self.labels_, self.classes_, self.multilabel_ = _encode_labels(y, self.bank_)
         return self
-
-    def _check_settings(self):
-        if not _is_count(self.k):
-            raise ProbeError(f"k must be a whole number, at least 1; got {self.k!r}")
-        T = self.temperature
-        if T is not None and not (isinstance(T, Real) and 0 < T < np.inf):
-            rule = "temperature must be positive and finite, or None for equal votes"
-            raise ProbeError(f"{rule}; got {T!r}")
-
-    def _scores(self, x):
-        blocks = []
-        for rows in x.split(_ROWS_AT_ONCE):
-            scores = next(self._sweep_scores(rows, [self.k]))
-            blocks.append(scores)
-        return torch.cat(blocks)
-
-    def _sweep_scores(self, x, ks):
-        """Scores (N, K) for each of the rising `ks`, capped at the number of training clips."""
-        ks = [min(k, len(self.bank_)) for k in ks]
-        similarity, index = _nearest_unchecked(x, self.bank_.to(x), max(ks))
-        labels = self.labels_.to(x.device)
-        return _scores_by_k(similarity, index, labels, len(self.classes_), ks, self.temperature)
 
     def sweep(self, X, y, ks=NEIGHBOURS):
         """Scores on (X, y) for several numbers of neighbours, which are searched once.
@@ -626,7 +630,7 @@ def _checked_split(name, pair):
         raise ProbeError(f"{name}: {len(X)} embeddings but {len(y)} labels")
     return X, y
 
-
+# %% ../nbs/api/12_probes.ipynb #prb00026
 def _check_alike(name, pair, first_name, first_pair):
     """Make sure that a split has the dimensions and the kind of labels of the first split."""
     X, y = pair
@@ -661,7 +665,7 @@ def _with_interval(value, low, high):
         return text
     return f"{text} [{low:.3f}, {high:.3f}]"
 
-
+# %% ../nbs/api/12_probes.ipynb #prb00027
 def _plot_dual(dual):
     """Metrics with intervals of both probes, and their validation curves."""
     fig, (left, middle, right) = plt.subplots(1, 3, figsize=(7.2, 2.2), layout="constrained")

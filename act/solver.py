@@ -73,7 +73,7 @@ def _softmax_residual(logits, ids):
     residual.scatter_add_(2, true_class, minus_one)
     return loss, residual
 
-
+# %% ../nbs/api/11_solver.ipynb #sol00030
 def _sigmoid_residual(logits, targets):
     """The same for logits (n, B, 1) and targets (n, B) in {0, 1}."""
     targets = targets.unsqueeze(-1)
@@ -94,10 +94,29 @@ def _dot(a, b):
     b = b.flatten(1)
     return torch.linalg.vecdot(a, b)
 
-# %% ../nbs/api/11_solver.ipynb #pro00049
+# %% ../nbs/api/11_solver.ipynb #sol00031
 _CLIPS_PER_CHUNK = 1024
 
 
+def _summed_loss(z, y, weights, which):
+    """Loss (b,) and its gradient (b, r + 1, K), summed over clips, of problems `which` (b,)."""
+    b, inputs, width = weights.shape
+    flat = weights.transpose(0, 1).flatten(1)    # (r + 1, b K)
+    loss = weights.new_zeros(b)
+    gradient = torch.zeros_like(flat)
+    for start in range(0, len(z), _CLIPS_PER_CHUNK):
+        chunk = slice(start, start + _CLIPS_PER_CHUNK)
+        logits = (z[chunk] @ flat).view(-1, b, width)
+        if y.ndim == 1:
+            chunk_loss, residual = _softmax_residual(logits, y[chunk])
+        else:
+            chunk_loss, residual = _sigmoid_residual(logits, y[chunk][:, which])
+        loss += chunk_loss
+        gradient.addmm_(z[chunk].T, residual.flatten(1))
+    gradient = gradient.view(inputs, b, width)
+    return loss, gradient.transpose(0, 1)
+
+# %% ../nbs/api/11_solver.ipynb #pro00049
 @dataclass
 class _Problems:
     """B problems that share their inputs."""
@@ -111,35 +130,12 @@ class _Problems:
         """Objectives (b,) and gradients of the problems `which` (b,) at weights (b, r + 1, K)."""
         clips = len(self.z)
         penalised = self.axes.penalised[:, None]
-        loss, loss_gradient = self._sums(weights, which)
+        loss, loss_gradient = _summed_loss(self.z, self.y, weights, which)
         shrinkage = self.decay * penalised * weights
         penalty = _dot(shrinkage, weights) / 2
         objective = loss / clips + penalty
         gradient = loss_gradient / clips + shrinkage
         return objective, gradient
-
-    def _sums(self, weights, which):
-        """Loss (b,) and its gradient (b, r + 1, K), summed over clips."""
-        b = len(weights)
-        flat = weights.transpose(0, 1).flatten(1)    # (r + 1, b K)
-        loss = weights.new_zeros(b)
-        gradient = torch.zeros_like(flat)
-        for start in range(0, len(self.z), _CLIPS_PER_CHUNK):
-            chunk = slice(start, start + _CLIPS_PER_CHUNK)
-            z = self.z[chunk]
-            logits = z @ flat
-            logits = logits.view(-1, b, self.width)
-            chunk_loss, residual = self._residual(logits, self.y[chunk], which)
-            loss += chunk_loss
-            gradient.addmm_(z.T, residual.flatten(1))
-        gradient = gradient.view(-1, b, self.width)
-        return loss, gradient.transpose(0, 1)
-
-    def _residual(self, logits, y, which):
-        if y.ndim == 1:
-            return _softmax_residual(logits, y)
-        targets = y[:, which]
-        return _sigmoid_residual(logits, targets)
 
 # %% ../nbs/api/11_solver.ipynb #sol00012
 def _build_problems(X, y, standardize):
@@ -244,7 +240,7 @@ def _initial_inverse(state, problems):
     inverse = inverse.expand_as(state.gradient)
     return inverse.flatten(1).unsqueeze(1)
 
-
+# %% ../nbs/api/11_solver.ipynb #sol00033
 def _direction(state, problems):
     """The quasi-Newton direction -H g (b, r + 1, K)."""
     H0 = _initial_inverse(state, problems)
@@ -292,7 +288,7 @@ def _append(history, new):
     longer = torch.cat([history, new], 1)
     return longer[:, -_HISTORY:]
 
-
+# %% ../nbs/api/11_solver.ipynb #sol00034
 def _advance(state, problems, direction, slope):
     """The state after one step."""
     weights, objective, gradient = _line_search(state, problems, direction, slope)
@@ -312,6 +308,20 @@ def _advance(state, problems, direction, slope):
         _append(state.changes, y),
         state.n_steps + 1,
     )
+
+# %% ../nbs/api/11_solver.ipynb #sol00036
+def _merge(states):
+    """States of different problems as one state, in the order of the problems."""
+    if len(states) == 1:
+        return states[0]
+    m = min(state.steps.shape[1] for state in states)
+    states = [state.latest(m) for state in states]
+    joined = {}
+    for name in vars(states[0]):
+        parts = [getattr(state, name) for state in states]
+        joined[name] = torch.cat(parts)
+    order = joined["which"].argsort()
+    return _State(**joined).select(order)
 
 # %% ../nbs/api/11_solver.ipynb #pro00059
 _OBJECTIVE_FLOOR = 1e-4    # nats; below it `tol` is a share of this, so that separable classes converge too
@@ -334,20 +344,6 @@ def _solve(problems, state, max_iter, tol):
         state = _advance(state, problems, direction[unsolved], slope[unsolved])
     return _merge([*solved, state])
 
-
-def _merge(states):
-    """States of different problems as one state, in the order of the problems."""
-    if len(states) == 1:
-        return states[0]
-    m = min(state.steps.shape[1] for state in states)
-    states = [state.latest(m) for state in states]
-    joined = {}
-    for name in vars(states[0]):
-        parts = [getattr(state, name) for state in states]
-        joined[name] = torch.cat(parts)
-    order = joined["which"].argsort()
-    return _State(**joined).select(order)
-
 # %% ../nbs/api/11_solver.ipynb #pro00060d
 def _repenalise(state, problems, decay):
     """The state at another penalty."""
@@ -361,7 +357,7 @@ def _repenalise(state, problems, decay):
         changes=state.changes + per_entry * state.steps,
     )
 
-
+# %% ../nbs/api/11_solver.ipynb #sol00037
 def _follow_path(problems, decays, max_iter, tol):
     """Weights (B, r + 1, K), objectives (B,) and numbers of steps (B,) for each of the falling `decays`."""
     state = _initial_state(problems)

@@ -116,7 +116,7 @@ def test_penalty_is_chosen_on_validation_only():
 
 @pytest.mark.parametrize("bank_rows", [7, 64, 5000])
 def test_neighbours_across_blocks_with_ties(monkeypatch, bank_rows):
-    monkeypatch.setattr("act.probes._ROWS", bank_rows)
+    monkeypatch.setattr("act.probes._ROWS_AT_ONCE", bank_rows)
     g = torch.Generator().manual_seed(0)
     bank = torch.randint(-1, 2, (500, 3), generator=g).float() + torch.tensor([.0, .0, 2.])      # few distinct directions: ties abound
     queries = torch.tensor([[0., 0, 1], [1, 0, 2], [1, 1, 1]]).repeat(4, 1)
