@@ -450,8 +450,8 @@ def _scores_by_k(similarity, index, labels, classes, ks, temperature):
     votes = similarity.new_zeros(len(similarity), classes)
     for j in range(max(ks)):
         _add_vote(votes, labels[index[:, j]], weight[:, j])
-        total = weight[:, :j + 1].sum(1, keepdim=True)
         for _ in range(ks.count(j + 1)):
+            total = weight[:, :j + 1].sum(1, keepdim=True)
             yield votes / total
 
 # %% ../nbs/api/12_probes.ipynb #prb00028
