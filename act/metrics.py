@@ -464,7 +464,7 @@ class _Ranking:
         self.positive_weights = self.weights[self.positives]    # (P, R)
 
     def counts(self, ties):
-        """Weights (P, R) of the positives and of all clips above each positive; ties: count tied clips too."""
+        """Weights (P, R) of the positives and of all clips above each positive, tied ones too if `ties`."""
         side = "right" if ties else "left"
         thresholds = self.negated_scores[self.positives]
         above = np.searchsorted(self.negated_scores, thresholds, side)    # (P,) clips

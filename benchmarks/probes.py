@@ -1,8 +1,9 @@
-"""Speed of the probes against scikit-learn and torch.optim.LBFGS, in one run. Ratios are ours / peer: smaller is better.
+"""Speed of the probes against scikit-learn and torch.optim.LBFGS, in one run. Ratios are ours / peer.
 
-One penalty and the path of eight penalties, for one class per clip and for several labels per clip, and k-NN predictions. On the path every
-peer starts each fit from the last one, from the strongest penalty to the weakest, and is given the loosest of its tolerances at which
-every objective is within a thousandth of the minimum. On a CPU the seconds are CPU time, which other programs disturb less.
+One penalty, the path of eight penalties for one class per clip and for several labels per clip, and k-NN
+predictions. On the path, every peer starts each fit from the last one, from the strongest penalty to the
+weakest, and is given the loosest of its tolerances at which every objective is within a thousandth of the
+minimum. On a CPU the seconds are CPU time, which other programs disturb less.
 """
 import argparse
 import json
@@ -23,7 +24,7 @@ from act.probes import PENALTIES, KNNProbe, linear_path
 
 PEER_STEPS = 200       # of scikit-learn at one penalty
 MOST_STEPS = 2000      # of the peers at each penalty of the path
-TOLERANCES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6)   # on the gradient of the mean loss
+TOLERANCES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6)    # on the gradient of the mean loss
 CLOSE = 1e-3           # relative distance from the minimum
 
 
@@ -66,7 +67,7 @@ def seconds(work, device):
 
 
 def best_seconds(works, device, repeats):
-    """The best time of each of several works, which take turns so that all meet the same disturbances; and their last results."""
+    """The best time of each work, and its last result. Works take turns, so that all meet the same load."""
     best, results = dict.fromkeys(works, np.inf), {}
     for _ in range(repeats):
         for name, work in works.items():
@@ -95,8 +96,9 @@ def torch_path(z, y, Cs, tolerance):
     bias = torch.zeros(outputs, dtype=z.dtype, device=z.device, requires_grad=True)
     fits = []
     for C in sorted(Cs):
-        optimizer = torch.optim.LBFGS([weight, bias], max_iter=MOST_STEPS, history_size=20, tolerance_grad=tolerance,
-                                      tolerance_change=0, line_search_fn="strong_wolfe")
+        optimizer = torch.optim.LBFGS([weight, bias], max_iter=MOST_STEPS, history_size=20,
+                                      tolerance_grad=tolerance, tolerance_change=0,
+                                      line_search_fn="strong_wolfe")
 
         def closure():
             optimizer.zero_grad()
@@ -129,7 +131,7 @@ def sklearn_path(z, y, Cs, tolerance):
 
 
 def objectives(fits, z, y, Cs):
-    """C times the summed loss plus half the squared norm of the weights, for every penalty, in float64 on the CPU."""
+    """C times the summed loss plus half the squared norm of the weights, for every penalty, in float64."""
     z, y = z.cpu().double(), y.cpu()
     values = []
     for C, (weight, bias) in zip(sorted(Cs), fits):
@@ -144,7 +146,7 @@ def objectives(fits, z, y, Cs):
 
 
 def loosest(path, measure):
-    """The loosest tolerance at which a peer is close enough to the minimum, and how far it is from it there."""
+    """The loosest tolerance at which a peer is close enough to the minimum, and its distance there."""
     for tolerance in TOLERANCES:
         excess = measure(path(tolerance))
         if excess <= CLOSE:
@@ -166,8 +168,9 @@ def single_record(o, bar):
     fit = [(torch.from_numpy(model.coef_), torch.from_numpy(model.intercept_))]
     path = results["ours"]
     return record(f"linear/{o.train}x{o.dim}x{o.classes}", o.device, ours["ours"], peer,
-                  f"scikit-learn LogisticRegression(max_iter={PEER_STEPS}), cpu", objective=float(path.objective[0]),
-                  peer_objective=float(objectives(fit, z, y, [1.])[0]), steps=int(path.n_iter[0]))
+                  f"scikit-learn LogisticRegression(max_iter={PEER_STEPS}), cpu",
+                  objective=float(path.objective[0]), peer_objective=float(objectives(fit, z, y, [1.])[0]),
+                  steps=int(path.n_iter[0]))
 
 
 def path_records(o, bar, multilabel):
@@ -176,7 +179,8 @@ def path_records(o, bar, multilabel):
     z = standardised(X)
     if multilabel:
         y = tags_of(y, o.labels)
-    device_z, device_y, array_z, array_y = z.to(o.device), y.to(o.device), z.numpy(), y.numpy()
+    device_z, device_y = z.to(o.device), y.to(o.device)
+    array_z, array_y = z.numpy(), y.numpy()
     exact = linear_path(device_z.double(), device_y, PENALTIES, max_iter=MOST_STEPS, tol=1e-9)
     minimum = objectives(list(zip(exact.coef, exact.intercept)), z, y, PENALTIES)
 
@@ -217,7 +221,8 @@ def knn_record(o, bar):
 
 
 def options():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     sizes = dict(train=20000, queries=5000, dim=768, classes=50, labels=40, repeats=2)
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value, help=f"(default: {value})")
