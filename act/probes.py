@@ -101,7 +101,7 @@ def _tensor_from_numpy(probe, X, reset):
     return x
 
 # %% ../nbs/api/12_probes.ipynb #prb00021
-def _checked_embeddings(probe, X, reset=False):
+def _input_tensor(probe, X, reset=False):
     """Embeddings (N, D) as a float tensor; with `reset`, D becomes the number of features of the probe."""
     if not torch.is_tensor(X):
         return _tensor_from_numpy(probe, X, reset)
@@ -178,7 +178,7 @@ class _Probe(ClassifierMixin, BaseEstimator):
     def predict_proba(self, X):
         """Scores (N, K) in [0, 1] of every class; each row sums to 1 unless the task is multi-label."""
         check_is_fitted(self)
-        scores = self._scores(_checked_embeddings(self, X))
+        scores = self._scores(_input_tensor(self, X))
         return scores if torch.is_tensor(X) else scores.numpy()
 
     def predict(self, X):
@@ -258,7 +258,7 @@ def _checked_pair(probe, validation):
         X, y = validation
     except (TypeError, ValueError):
         raise ProbeError("validation must be a pair (X, y)") from None
-    x = _checked_embeddings(probe, X)
+    x = _input_tensor(probe, X)
     return x, _labels_like_training(probe, y, len(x), "validation labels")
 
 # %% ../nbs/api/12_probes.ipynb #prb00009
@@ -290,7 +290,7 @@ class _LinearModel(_Probe):
     def decision_function(self, X):
         """Logits (N, K), or (N,) of the second class for two classes."""
         check_is_fitted(self)
-        logits = self._logits(_checked_embeddings(self, X)).squeeze(1)
+        logits = self._logits(_input_tensor(self, X)).squeeze(1)
         return logits if torch.is_tensor(X) else logits.numpy()
 
 # %% ../nbs/api/12_probes.ipynb #pro00074
@@ -331,7 +331,7 @@ class LinearProbe(_LinearModel):
         if validation is None and len(Cs) > 1:
             problem = f"choosing among {len(Cs)} penalties needs validation=(X, y)"
             raise ProbeError(f"{problem}; give them, or one C")
-        x = _checked_embeddings(self, X, reset=True)
+        x = _input_tensor(self, X, reset=True)
         ids, self.classes_, self.multilabel_ = _encode_labels(y, x)
         if validation is not None:
             validation = _checked_pair(self, validation)
@@ -511,7 +511,7 @@ class KNNProbe(_NeighbourVotes):
     def fit(self, X, y):
         """Remember embeddings (N, D) and labels (N,) or (N, L)."""
         self._check_settings()
-        self.bank_ = _checked_embeddings(self, X, reset=True)
+        self.bank_ = _input_tensor(self, X, reset=True)
         self.labels_, self.classes_, self.multilabel_ = _encode_labels(y, self.bank_)
         return self
 
@@ -540,7 +540,7 @@ class KNNProbe(_NeighbourVotes):
         if not ks or not all(map(_is_count, ks)):
             raise ProbeError(f"ks must hold whole numbers, at least 1; got {ks}")
         ks = sorted({min(k, len(self.bank_)) for k in ks})
-        x = _checked_embeddings(self, X)
+        x = _input_tensor(self, X)
         y = _labels_like_training(self, y, len(x))
         by_k = [_main_metric(self, y, to_numpy(scores)) for scores in self._sweep_scores(x, ks)]
         return pd.DataFrame({"k": ks, _metric_name(self): by_k})
@@ -618,7 +618,7 @@ def _score_test(probe, X, y, chosen, search, n_resamples):
     return ProbeResult(metrics, intervals, chosen, scores, predictions, search, classes)
 
 # %% ../nbs/api/12_probes.ipynb #pro00219
-def _checked_split(name, pair):
+def _checked_side(name, pair):
     """Embeddings and checked labels of one split."""
     try:
         X, y = pair
@@ -645,11 +645,11 @@ def _check_alike(name, pair, first_name, first_pair):
     check_same_kind(first_y, y, f"{first_name}: labels", f"{name}: labels")
 
 # %% ../nbs/api/12_probes.ipynb #prb00014
-def _checked_splits(train, valid, test):
+def _checked_sides(train, valid, test):
     """The three pairs of embeddings and checked labels."""
-    train = _checked_split("train", train)
-    valid = _checked_split("valid", valid)
-    test = _checked_split("test", test)
+    train = _checked_side("train", train)
+    valid = _checked_side("valid", valid)
+    test = _checked_side("test", test)
     _check_alike("valid", valid, "train", train)
     _check_alike("test", test, "train", train)
     _, y = train
@@ -779,7 +779,7 @@ def dual_probe(train, valid, test, classes=None, Cs=PENALTIES, k=20, temperature
     knn._check_settings()
     if n_resamples:
         check_resampling(n_resamples, level=.95, seed=0)
-    train, valid, test = _checked_splits(train, valid, test)
+    train, valid, test = _checked_sides(train, valid, test)
 
     linear.fit(*train, validation=valid)
     knn.fit(*train)
