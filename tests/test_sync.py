@@ -13,8 +13,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 PAPER = sorted(Path(__file__).parents[1].glob("nbs/paper/*.ipynb"))
-ORDER = ("core manifest audio tasks words encoders backbones embeddings losses tuning metrics probes geometry study "
-         "paper analysis report reproduce explorer cli").split()
+ORDER = ("core manifest audio tasks words encoders backbones embeddings losses tuning metrics solver probes geometry "
+         "study paper analysis report reproduce explorer cli").split()
 
 
 @pytest.fixture(scope="module")
