@@ -36,7 +36,7 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def registered():
     """Registries as they were before the test."""
-    before = {kind: dict(registry) for kind, registry in REGISTRIES.items()}
+    before = {kind: dict(registry.load_installed()) for kind, registry in REGISTRIES.items()}
     yield
     for kind, parts in before.items():
         REGISTRIES[kind].clear()
