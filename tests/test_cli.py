@@ -400,7 +400,7 @@ def test_the_doctor_makes_every_check(fault, act, tmp_path, monkeypatch):
     FAULTS[fault](tmp_path, monkeypatch)
     status, out, err = act("doctor")
     lines = [line.partition(":")[0].split(maxsplit=1) for line in out.splitlines()]
-    assert [name for _, name in lines] == list(cli.CHECKS)
+    assert [name for _, name in lines] == list(cli.DOCTOR_CHECKS)
     assert status == 1 and [state for state, _ in lines].count("FAIL") == 1 and err.count("\n") == 1, out
     rows = json.loads(act("doctor", "--json")[1])
     assert sum(bool(row["remedy"]) for row in rows) == 1
