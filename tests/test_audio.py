@@ -159,7 +159,12 @@ def test_more_clips_than_soxr_takes_at_once():
     assert torch.equal(resample(x, 8000, 16000)[-1], resample(x[-1], 8000, 16000))
 
 
-@pytest.mark.parametrize("shape, expected", [((0,), (0,)), ((0, 441), (0, 160)), ((3, 0), (3, 0)), ((2, 0, 441), (2, 0, 160))])
+@pytest.mark.parametrize("shape, expected", [
+    ((0,), (0,)),
+    ((3, 0), (3, 0)),
+    ((0, 441), (0, 160)),
+    ((2, 0, 441), (2, 0, 160)),
+])
 def test_nothing_is_resampled_to_nothing(shape, expected):
     assert resample(torch.empty(shape), 44100, 16000).shape == expected
 
@@ -184,7 +189,9 @@ RESAMPLER = textwrap.dedent("""
     import hashlib, torch
     from concurrent.futures import ThreadPoolExecutor
     from act.audio import resample
-    def digest(source): return hashlib.sha256(resample(x, source, 16000).numpy().tobytes()).hexdigest()
+    def digest(source):
+        y = resample(x, source, 16000)
+        return hashlib.sha256(y.numpy().tobytes()).hexdigest()
     x = torch.randn(5, 60000, generator=torch.Generator().manual_seed(0))
     with ThreadPoolExecutor(4) as pool: print(*pool.map(digest, [44100, 8000, 12345] * 4))
 """)
@@ -194,7 +201,9 @@ def test_every_process_and_thread_resamples_alike():
     outputs = set()
     for threads in "1", "3":
         env = {**os.environ, "OMP_NUM_THREADS": threads}
-        outputs.add(subprocess.run([sys.executable, "-c", RESAMPLER], capture_output=True, text=True, check=True, env=env).stdout)
+        command = [sys.executable, "-c", RESAMPLER]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+        outputs.add(done.stdout)
     output, = outputs
     assert len(set(output.split())) == 3
 
