@@ -742,7 +742,7 @@ def file_digest(path):
     )
 
 # %% ../nbs/api/00_core.ipynb #cor00040
-COMPUTING = "torch", "torchaudio", "numpy", "scipy", "scikit-learn", "soundfile"
+COMPUTING = "torch", "torchaudio", "numpy", "scipy", "scikit-learn", "soundfile", "soxr"
 
 
 def versions(packages=COMPUTING):

@@ -311,7 +311,7 @@ class Store:
 
 # %% ../nbs/api/15_study.ipynb #stu00018
 PACKAGES = ("torch", "torchaudio", "lightning", "numpy", "scipy", "scikit-learn", "soundfile",
-            "espeakng-loader")
+            "soxr", "espeakng-loader")
 
 # %% ../nbs/api/15_study.ipynb #stu00181
 _CODE_ONLY = (":/", ":(top,exclude)results")       # paths of the repository, for git

@@ -1,4 +1,5 @@
-"""Our resampler beside soxr, on one thread: how much of a signal it keeps, how much it adds, and how fast it is.
+"""Our resampler (soxr) beside those of torchaudio and SciPy, on one thread: how much of a signal it keeps, how much it
+adds, and how fast it is.
 
     python benchmarks/resampling.py [--repeats 7] [--json FILE]
 
@@ -12,17 +13,20 @@ Three figures of quality, in dB, for each pair of rates:
 
 Speed is clips per second, for clips of 1 and 5 seconds, one at a time and in the chunks of eight in which the waveform
 cache loads them. What counts is the processor time of the thread, which other work on the machine hardly touches; the
-repeats of all resamplers take turns and the best of each counts. `ratio` is our speed over that of soxr: above 1, ours
-is faster.
+repeats of all resamplers take turns and the best of each counts. `ratio` is our speed over that of the peer: above 1,
+ours is faster.
 """
 import argparse
 import json
+import math
 import os
 import time
 
 import numpy as np
-import soxr
+import scipy
 import torch
+import torchaudio
+from scipy.signal import resample_poly
 
 from act.audio import resample
 
@@ -30,10 +34,10 @@ PAIRS = [
     (44100, 16000), (16000, 44100), (48000, 16000), (22050, 16000), (8000, 16000),
     (16000, 8000), (11025, 16000), (12345, 16000), (44099, 16000),
 ]
-QUALITIES = "QQ", "LQ", "MQ", "HQ", "VHQ"
 SECONDS = 1, 5
 CHUNKS = 1, 8
 EDGE = .25      # seconds at both ends that quality leaves out: filters see silence beyond them
+LARGEST = 2 ** 26   # entries of torchaudio's kernel, at most; for 44 099 to 16 000 Hz it would fill 2.8 GB
 
 
 def ours(x, source, target):
@@ -41,11 +45,30 @@ def ours(x, source, target):
     return resample(torch.from_numpy(x), source, target).numpy()
 
 
-def by_soxr(quality):
-    """A function like `ours`; soxr takes one clip after another, as it is fastest so."""
-    def work(x, source, target):
-        return np.stack([soxr.resample(each, source, target, quality=quality) for each in x])
-    return work
+def by_torchaudio(x, source, target):
+    return torchaudio.functional.resample(torch.from_numpy(x), source, target).numpy()
+
+
+def by_scipy(x, source, target):
+    divisor = math.gcd(source, target)
+    return resample_poly(x, target // divisor, source // divisor, axis=-1)
+
+
+PEERS = {
+    "torchaudio": (by_torchaudio, f"torchaudio.functional.resample, {torchaudio.__version__}"),
+    "scipy": (by_scipy, f"scipy.signal.resample_poly, {scipy.__version__}"),
+}
+
+
+def resamplers_of(source, target):
+    """The functions to compare for two rates, by name."""
+    resamplers = {"ours": ours}
+    for name, (work, _) in PEERS.items():
+        kernel = source * target // math.gcd(source, target) ** 2
+        if name == "torchaudio" and kernel > LARGEST:
+            continue
+        resamplers[name] = work
+    return resamplers
 
 
 def sweep(low, high, rate, seconds=4.):
@@ -121,19 +144,21 @@ def speed_of(resamplers, source, target, seconds, chunk, repeats):
     return {name: chunk / t for name, t in best.items()}
 
 
-def records_of(resamplers, source, target, repeats):
-    """One record for each length, chunk and quality of soxr."""
+def records_of(source, target, repeats):
+    """One record for each length, chunk and peer."""
+    resamplers = resamplers_of(source, target)
     quality = {name: quality_of(work, source, target) for name, work in resamplers.items()}
     for seconds in SECONDS:
         for chunk in CHUNKS:
             speed = speed_of(resamplers, source, target, seconds, chunk, repeats)
-            for name in QUALITIES:
+            for name in list(resamplers)[1:]:
+                _, peer_name = PEERS[name]
                 yield dict(
                     name=f"resample/{source}-{target}/{seconds}s x {chunk}/{name}",
                     device=f"cpu, 1 of {os.cpu_count()} cores",
                     ours=speed["ours"],
                     peer=speed[name],
-                    peer_name=f"soxr {soxr.__version__}, quality {name}",
+                    peer_name=peer_name,
                     ratio=speed["ours"] / speed[name],
                     unit="clips/s",
                     higher_is_better=True,
@@ -144,14 +169,16 @@ def records_of(resamplers, source, target, repeats):
 
 def print_pair(source, target, records):
     """Quality of every resampler, and how many times as fast ours is."""
-    print(f"\n{source} -> {target} Hz{'':14}snr   edge  alias (dB){'':4}ours / soxr at 1s x 1, 1s x 8, 5s x 1, 5s x 8")
+    print(f"\n{source} -> {target} Hz{'':14}snr   edge  alias (dB){'':4}ours / peer at 1s x 1, 1s x 8, 5s x 1, 5s x 8")
     ours_quality = records[0]["our_quality"]
     print(f"{'ours':20}" + "".join(f"{ours_quality[k]:7.1f}" for k in ("snr", "edge", "alias")))
-    for name in QUALITIES:
+    for name in PEERS:
         rows = [r for r in records if r["name"].endswith(f"/{name}")]
+        if not rows:
+            continue
         figures = "".join(f"{rows[0]['peer_quality'][k]:7.1f}" for k in ("snr", "edge", "alias"))
         ratios = "".join(f"{r['ratio']:7.2f}" for r in rows)
-        print(f"{'soxr ' + name:20}{figures}{'':9}{ratios}")
+        print(f"{name:20}{figures}{'':9}{ratios}")
 
 
 def main():
@@ -160,10 +187,9 @@ def main():
     p.add_argument("--json")
     a = p.parse_args()
     torch.set_num_threads(1)
-    resamplers = {"ours": ours, **{name: by_soxr(name) for name in QUALITIES}}
     records = []
     for source, target in PAIRS:
-        pair = list(records_of(resamplers, source, target, a.repeats))
+        pair = list(records_of(source, target, a.repeats))
         print_pair(source, target, pair)
         records += pair
     if a.json:

@@ -215,6 +215,7 @@ def tuning_code(s): s.edit_act("tuning", "\nGAIN = 2\n")
 def study_code(s): s.edit_act("study", "\nGAIN = 2\n")
 def torch_version(s): s.new_version("torch")
 def numpy_version(s): s.new_version("numpy")
+def soxr_version(s): s.new_version("soxr")
 
 
 def device(s):
@@ -223,7 +224,8 @@ def device(s):
 
 
 EVERY = set(NAMES)
-OF_DECODING = one_file, stretch, a_bit_longer, gains, audio_code, torch_version, numpy_version, sample_rate
+OF_DECODING = (one_file, stretch, a_bit_longer, gains, audio_code, torch_version, numpy_version, soxr_version,
+               sample_rate)
 OF_ENCODING = weights, buffer, option, own_code, hook, device, encoder_code, precision
 OF_TRAINING = labels, split, tuning_code, learning_rate, loss, seed
 CHANGES = {      # what changes: the names that must change with it; all others must stay
