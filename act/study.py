@@ -327,6 +327,15 @@ def _git(*words):
     return process.stdout.strip()
 
 # %% ../nbs/api/15_study.ipynb #stu00182
+def _package_versions():
+    """The versions of those of `PACKAGES` that are installed."""
+    installed = {}
+    for name in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            installed[name] = importlib.metadata.version(name)
+    return installed
+
+
 @lru_cache
 def provenance():
     """Versions, device and revision.
@@ -343,7 +352,7 @@ def provenance():
     changes = _git("status", "--porcelain", "--untracked-files=no", "--", *_CODE_ONLY)
     return dict(
         python=platform.python_version(),
-        packages={name: importlib.metadata.version(name) for name in PACKAGES},
+        packages=_package_versions(),
         device=device,
         revision=_git("rev-parse", "HEAD"),
         clean=not changes)
