@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEIGHBOURS', 'PENALTIES', 'check_embeddings', 'LinearProbe', 'nearest', 'KNNProbe', 'ProbeResult', 'DualProbe',
-           'dual_probe', 'LinearPath', 'linear_path']
+           'dual_probe']
 
 # %% ../nbs/api/12_probes.ipynb #pro00003
 import warnings
@@ -23,9 +23,6 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_dat
 from .metrics import (METRICS, ProbeError, bootstrap_interval, check_array, check_labels, check_resampling,
                          check_same_kind, class_ids, to_numpy)
 from .solver import LinearPath, linear_path
-
-# %% ../nbs/api/12_probes.ipynb #prb00001
-_all_ = ["LinearPath", "linear_path"]    # so that they can be imported from here too
 
 # %% ../nbs/api/12_probes.ipynb #pro00216
 _ROWS_AT_ONCE = 1024    # how many embeddings are compared or checked at a time, which bounds the memory

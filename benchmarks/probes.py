@@ -20,7 +20,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from tqdm import tqdm
 
-from act.probes import PENALTIES, KNNProbe, linear_path
+from act.probes import PENALTIES, KNNProbe
+from act.solver import linear_path
 
 PEER_STEPS = 200       # of scikit-learn at one penalty
 MOST_STEPS = 2000      # of the peers at each penalty of the path

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 import act.cli
 from act.core import ActError
 from act.metrics import METRICS, ProbeError, bootstrap_interval, check_labels, paired_bootstrap, top5
-from act.probes import NEIGHBOURS, KNNProbe, LinearProbe, dual_probe, linear_path, nearest
+from act.probes import NEIGHBOURS, KNNProbe, LinearProbe, dual_probe, nearest
+from act.solver import linear_path
 
 SIDES = dict(train=slice(0, 160), valid=slice(160, 220), test=slice(220, 400))
 

@@ -14,7 +14,8 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from act.core import ActError
 from act.metrics import METRICS, ProbeError, bootstrap_interval, paired_bootstrap
-from act.probes import MULTI_LABEL_METRICS, KNNProbe, LinearProbe, dual_probe, linear_path, nearest
+from act.probes import MULTI_LABEL_METRICS, KNNProbe, LinearProbe, dual_probe, nearest
+from act.solver import linear_path
 
 
 def embeddings(n=1500, dim=96, classes=12, seed=0, scale=.7):
