@@ -22,7 +22,7 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_dat
 
 from .metrics import (METRICS, ProbeError, bootstrap_interval, check_array, check_labels, check_resampling,
                          check_same_kind, class_ids, to_numpy)
-from .solver import LinearPath, linear_path
+from .solver import linear_path
 
 # %% ../nbs/api/12_probes.ipynb #pro00216
 _ROWS_AT_ONCE = 1024    # how many embeddings are compared or checked at a time, which bounds the memory
