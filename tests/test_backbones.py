@@ -942,6 +942,7 @@ FROZEN = [     # encoder, tasks, accuracy of the linear and the k-NN probe of an
     ("speech-embedding", ["asc40-mini"], (.915, .864)),
     ("speech-embedding", ESC10_FOLDS, (.820, .718)),
     ("musicnn", ESC10_FOLDS, (.838, .780)),
+    ("whisper-tiny.en", ["fsdd"], (.957, .900)),
 ]
 
 
