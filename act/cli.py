@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'INTERRUPTED', 'REMEDIES', 'study_app', 'main', 'reproduce', 'check_results', 'tasks', 'backbones', 'fetch',
-           'read_embeddings', 'probe', 'tune', 'status', 'doctor']
+           'read_embeddings', 'probe', 'tune', 'predict', 'status', 'doctor']
 
 # %% ../nbs/api/20_cli.ipynb #cli00003
 import contextlib
@@ -443,21 +443,17 @@ def _probe_task(encoder, task):
 
 
 def _before_and_after(encoder, task, config):
-    """Both probes on the frozen and on the tuned encoder, which is tuned in place."""
-    from act.tuning import tune as tune_encoder
+    """Both probes on the frozen encoder, and the classifier with the tuned one."""
+    from act.classifier import AudioClassifier
     before = _probe_task(encoder, task)
-    tuned = tune_encoder(encoder, task, config)
-    return before, _probe_task(tuned.backbone, task)
+    return before, AudioClassifier.train(task, encoder, config)
 
 
-def _card(task, config, before, after):
-    """What the model card holds: task, scores, configuration and environment."""
+def _card(before):
+    """What the model card holds besides the sections of the classifier."""
     from act.study import provenance
-    return {"Task": dict(name=task.name, clips=len(task), classes=task.n_classes, licence=task.licence),
-            "Before tuning": before._repr_markdown_(),
-            "After tuning": after._repr_markdown_(),
-            "Tuning": {name: str(value) for name, value in vars(config).items()},
-            "Environment": provenance()}
+    return {"Before tuning": before._repr_markdown_(),
+            "Provenance": provenance()}
 
 # %% ../nbs/api/20_cli.ipynb #cli00030
 @app.command()
@@ -469,12 +465,12 @@ def tune(where: Path = typer.Argument(..., callback=_home,
          passes: int = typer.Option(12, min=1, help="Clip passes over the training clips."),
          lr: float = typer.Option(1e-3, help="Peak learning rate."),
          seed: int = typer.Option(0, min=0),
-         out: Path = typer.Option(Path("tuned"), callback=_home, help="Where the tuned encoder goes."),
+         out: Path = typer.Option(Path("tuned"), callback=_home, help="Where the classifier goes."),
          force: bool = typer.Option(False, help="Save also where there are files which act did not write."),
          as_json: bool = AsJson):
-    """Tune an encoder on your audio, probe it before and after, and save it with its card.
+    """Tune an encoder on your audio, probe it before and after, and save it as a classifier with its card.
 
-    Example: act tune my_audio/ --backbone speech-embedding --out my_encoder
+    Example: act tune my_audio/ --backbone speech-embedding --out my_model
     """
     from act.backbones import check_save_folder, load_backbone
     from act.tuning import TuneConfig
@@ -485,22 +481,124 @@ def tune(where: Path = typer.Argument(..., callback=_home,
     with _stdout_free(as_json):
         _announce_task(task)
         encoder = load_backbone(backbone)
-        before, after = _before_and_after(encoder, task, config)
-    encoder.save_pretrained(out, _card(task, config, before, after), force)
-    _print_tuned(out, method, before, after, as_json)
+        before, classifier = _before_and_after(encoder, task, config)
+    classifier.save_pretrained(out, _card(before), force)
+    _print_tuned(out, method, before, classifier, as_json)
 
 # %% ../nbs/api/20_cli.ipynb #cli00051
-def _print_tuned(out, method, before, after, as_json):
-    """The scores of `act tune`, and where the encoder is."""
+def _print_tuned(out, method, before, classifier, as_json):
+    """The scores of `act tune`, and where the classifier is."""
+    after = classifier.dual
+    ece_before = classifier.calibration.ece_before
+    ece_after = classifier.calibration.ece_after
     if as_json:
         scores = dict(before=before.linear.metrics, after=after.linear.metrics,
-                      knn_before=before.knn.metrics, knn_after=after.knn.metrics)
+                      knn_before=before.knn.metrics, knn_after=after.knn.metrics,
+                      ece_before=ece_before, ece_after=ece_after)
         typer.echo(json.dumps(dict(saved=str(out), **scores)))
         return
     typer.echo(f"before\n\n{before._repr_markdown_()}\n")
     typer.echo(f"after {method} tuning\n\n{after._repr_markdown_()}\n")
-    typer.echo(f"The tuned encoder and its card (README.md) are in {out}; "
-               f"in Python: act.load_backbone({str(out)!r})")
+    typer.echo(f"Expected calibration error: {ece_before:.3f}, after calibration {ece_after:.3f}\n")
+    typer.echo(f"The classifier and its card (README.md) are in {out}; act predict {out} FILES uses it; "
+               f"its tuned encoder in Python: act.load_backbone({str(out)!r})")
+
+# %% ../nbs/api/20_cli.ipynb #cli00061
+def _files_of(paths):
+    """Files as they were named, and the recordings in folders; an error for what is not there comes later."""
+    from act.classifier import audio_files
+    files = []
+    for path in paths:
+        if path.is_dir():
+            files += audio_files(path)
+        else:
+            files.append(path)
+    return files
+
+
+def _best_labels(classifier, probabilities, top):
+    """Pairs of label and probability: the `top` most probable ones, or all that are predicted."""
+    order = sorted(range(len(probabilities)), key=lambda i: -probabilities[i])
+    if top is None and classifier.multilabel:
+        predicted = classifier.labels_of(probabilities)
+        order = [i for i in order if classifier.classes[i] in predicted]
+    else:
+        order = order[:top or 1]
+    return [(classifier.classes[i], float(probabilities[i])) for i in order]
+
+# %% ../nbs/api/20_cli.ipynb #cli00062
+def _csv_line(values):
+    """One line of a CSV."""
+    import csv
+    import io
+    line = io.StringIO()
+    csv.writer(line, lineterminator="").writerow(values)
+    return line.getvalue()
+
+
+def _csv_header(columns):
+    names = ["file", "predicted"]
+    for i in range(1, columns + 1):
+        names += [f"label_{i}", f"probability_{i}"]
+    return _csv_line(names)
+
+
+def _prediction_line(path, predicted, best, style):
+    """A prediction as a line of text, JSON or CSV."""
+    if style == "json":
+        top = [dict(label=label, probability=round(p, 6)) for label, p in best]
+        return json.dumps(dict(file=str(path), predicted=predicted, top=top), ensure_ascii=False)
+    if style == "csv":
+        values = [path, predicted if isinstance(predicted, str) else ";".join(predicted)]
+        for label, p in best:
+            values += [label, f"{p:.6f}"]
+        return _csv_line(values)
+    cells = [f"{label} {p:.3f}" for label, p in best] or ["(no label)"]
+    return "\t".join([str(path), *cells])
+
+# %% ../nbs/api/20_cli.ipynb #cli00063
+def _predict_files(classifier, files, top, style):
+    """Print a line for each file; the number of files that could not be read."""
+    from tqdm import tqdm
+    stream = classifier.stream(files)
+    bar = tqdm(stream, total=len(files), desc="predict", file=sys.stderr, disable=None, ncols=80)
+    failed = 0
+    for path, outcome in bar:
+        if isinstance(outcome, ActError):
+            failed += 1
+            tqdm.write(f"act: {outcome}; passed over", file=sys.stderr)
+            continue
+        best = _best_labels(classifier, outcome, top)
+        predicted = classifier.labels_of(outcome)
+        with tqdm.external_write_mode(file=sys.stdout):
+            typer.echo(_prediction_line(path, predicted, best, style))
+    return failed
+
+# %% ../nbs/api/20_cli.ipynb #cli00064
+@app.command()
+def predict(model: Path = typer.Argument(..., callback=_home, help="A folder that act tune wrote."),
+            paths: List[Path] = typer.Argument(..., help="Recordings, or folders of recordings."),
+            top: Optional[int] = typer.Option(None, min=1, help="How many labels to print for each file."),
+            as_json: bool = typer.Option(False, "--json", help="A JSON object for each file."),
+            as_csv: bool = typer.Option(False, "--csv", help="A CSV with a row for each file.")):
+    """Classify recordings with a model that act tune saved, one line for each file.
+
+    Example: act predict my_model new_recordings/ --top 3
+    """
+    from act.classifier import AudioClassifier
+    if as_json and as_csv:
+        raise ActError("choose one of --json and --csv")
+    files = _files_of([full_path(path) for path in paths])
+    classifier = AudioClassifier.from_pretrained(model)
+    columns = min(top or 1, len(classifier.classes))
+    style = "json" if as_json else "text"
+    if as_csv:
+        style = "csv"
+        top = columns
+        typer.echo(_csv_header(columns))
+    failed = _predict_files(classifier, files, top, style)
+    if failed:
+        raise ActError(f"{failed} of {len(files)} files could not be classified")
 
 # %% ../nbs/api/20_cli.ipynb #cli00032
 study_app = typer.Typer(help="Look into a folder of run records.", no_args_is_help=True)
