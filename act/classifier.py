@@ -11,7 +11,7 @@ import copy
 import json
 import os
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -254,13 +254,22 @@ def _named_error(error, name):
     return ClassifierError(message)
 
 # %% ../nbs/api/14_classifier.ipynb #clf00020
+def _start(pool, clip, *settings):
+    """Begin to read a clip; one that is not threadsafe is read at once."""
+    if hasattr(clip, "load") and not getattr(clip, "threadsafe", False):
+        done = Future()
+        done.set_result(_outcome(clip, *settings))
+        return done
+    return pool.submit(_outcome, clip, *settings)
+
+
 def _read_ahead(clips, sample_rate, wanted_rate):
     """Clip and outcome of each clip, in order; a few are decoded ahead."""
     workers = joblib.cpu_count()
     pending = deque()
     with ThreadPoolExecutor(workers) as pool:
         for position, clip in enumerate(clips):
-            job = pool.submit(_outcome, clip, position, sample_rate, wanted_rate)
+            job = _start(pool, clip, position, sample_rate, wanted_rate)
             pending.append((clip, job))
             if len(pending) > 2 * workers:
                 clip, job = pending.popleft()
@@ -268,7 +277,7 @@ def _read_ahead(clips, sample_rate, wanted_rate):
         for clip, job in pending:
             yield clip, job.result()
 
-
+# %% ../nbs/api/14_classifier.ipynb #clf00020b
 def _in_batches(outcomes, batch, max_samples):
     """Lists of outcomes; a list ends at `batch` clips, or once its waveforms reach `max_samples`."""
     group = []
