@@ -1324,6 +1324,8 @@ def _write_files(backbone, folder, card, files):
         (folder / name).write_bytes(content)
     for name, content in (files or {}).items():
         (folder / name).write_bytes(content)
+    for name, content in (files or {}).items():
+        (folder / name).write_bytes(content)
     digests = {name: file_digest(folder / name) for name in _files_below(folder)}
     config = {
         "backbone": backbone.name,
@@ -1350,6 +1352,8 @@ def save_pretrained(self: Backbone, folder, card=None, force=False, files=None):
     force : bool
         Write also into a folder that holds files which act did not write. Those of the same name are
         replaced, the others kept.
+    files : dict of str to bytes, optional
+        More files that belong to the model, by name; loading the backbone does not need them.
     files : dict of str to bytes, optional
         More files that belong to the model, by name; loading the backbone does not need them.
     files : dict of str to bytes, optional

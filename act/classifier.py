@@ -209,11 +209,11 @@ def _name_of(clip, position):
 
 def _of_array(x, sample_rate, wanted_rate):
     """The waveform at the wanted rate of an array (T,)."""
+    x = torch.as_tensor(x)
     if sample_rate is None:
         raise ClassifierError(f"an array needs its sample rate: give sample_rate=, such as {wanted_rate}")
     if sample_rate < 1 or sample_rate != int(sample_rate):
         raise ClassifierError(f"sample_rate={sample_rate}: must be a whole number of Hz")
-    x = torch.as_tensor(x)
     if x.ndim != 1:
         raise ClassifierError(f"a clip must be a mono waveform (T,); got the shape {tuple(x.shape)}")
     if not x.is_floating_point():
@@ -311,7 +311,9 @@ class _Waveforms:
 
 # %% ../nbs/api/14_classifier.ipynb #clf00023
 class AudioClassifier:
-    """An encoder with a linear probe, its k-NN bank and their calibration; made by `train` or `from_pretrained`.
+    """An encoder with a linear probe, a k-NN bank and calibrated probabilities.
+
+    Use `AudioClassifier.train` or `AudioClassifier.from_pretrained` to make one.
 
     Attributes
     ----------
@@ -783,7 +785,7 @@ def explain(self: AudioClassifier, clip, k=5, sample_rate=None):
     Returns
     -------
     DataFrame
-        Columns clip (its key), label, similarity (cosine), by falling similarity.
+        Columns key (of the training clip), label and similarity (cosine), by falling similarity.
 
     Raises
     ------
@@ -798,7 +800,7 @@ def explain(self: AudioClassifier, clip, k=5, sample_rate=None):
     similarity, index = nearest(z, self.knn.bank_, k)
     rows = index[0].tolist()
     return pd.DataFrame({
-        "clip": [self.clips[row] for row in rows],
+        "key": [self.clips[row] for row in rows],
         "label": [self._label_of_clip(row) for row in rows],
         "similarity": similarity[0].numpy(),
     })

@@ -16,7 +16,7 @@ from act.backbones import BackboneError, load_backbone
 from act.classifier import (AudioClassifier, Calibration, ClassifierError, _best_temperature, _fit_platt,
                             expected_calibration_error)
 from act.core import ActError
-from act.tasks import folder_task, load_task
+from act.tasks import SPLITS, folder_task, load_task
 from act.tuning import TuneConfig
 
 ACT = Path(sys.executable).with_name("act")
@@ -30,10 +30,18 @@ def cache(tmp_path_factory):
         yield
 
 
+def small_task(name, clips=40):
+    """A task with only so many clips on each side."""
+    task = load_task(name)
+    draw = np.random.default_rng(0)
+    rows = [draw.permutation(task.indices(side))[:clips] for side in SPLITS]
+    return task.subset(np.concatenate(rows))
+
+
 @pytest.fixture(scope="module", params=KINDS)
 def trained(request):
     """A task and a classifier of it, single- and multi-label."""
-    task = load_task(request.param)
+    task = small_task(request.param)
     return task, AudioClassifier.train(task, "log-mel", config=None, progress=False)
 
 
@@ -147,8 +155,8 @@ def test_a_training_clip_explains_itself(trained):
     task, classifier = trained
     row = int(task.indices("train")[5])
     nearest = classifier.explain(task.clips[row], k=3)
-    assert list(nearest.columns) == ["clip", "label", "similarity"] and len(nearest) == 3
-    assert nearest.clip[0] == task.clips[row].key and nearest.similarity[0] == pytest.approx(1, abs=1e-5)
+    assert list(nearest.columns) == ["key", "label", "similarity"] and len(nearest) == 3
+    assert nearest.key[0] == task.clips[row].key and nearest.similarity[0] == pytest.approx(1, abs=1e-5)
     label = task.labels[row]
     names = [task.classes[i] for i in (label.nonzero()[:, 0] if task.multilabel else [label])]
     assert nearest.label[0] == ", ".join(names)
@@ -205,18 +213,19 @@ def test_a_folder_without_recordings(trained, tmp_path):
 
 # ---------------------------------------------------------------- saving
 
+@pytest.mark.parametrize("trained", ["words-mix-4"], indirect=True)
 def test_a_fresh_process_predicts_the_same(trained, tmp_path):
     task, classifier = trained
     x = task.clips[int(task.indices("test")[0])].load(16000).numpy()
     sf.write(tmp_path / "x.wav", x, 16000, subtype="FLOAT")
     classifier.save_pretrained(tmp_path / "model", card={"Notes": "one more section"})
     code = ("import sys, act, json; c = act.AudioClassifier.from_pretrained(sys.argv[1]); "
-            "print(json.dumps([c.predict_proba(sys.argv[2]).tolist(), c.explain(sys.argv[2]).clip[0]]))")
+            "print(json.dumps([c.predict_proba(sys.argv[2]).tolist(), c.explain(sys.argv[2]).key[0]]))")
     command = [sys.executable, "-c", code, tmp_path / "model", tmp_path / "x.wav"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     p, nearest = json.loads(done.stdout.splitlines()[-1])
     assert np.allclose(p, classifier.predict_proba(tmp_path / "x.wav"), atol=1e-5)
-    assert nearest == classifier.explain(tmp_path / "x.wav").clip[0]
+    assert nearest == classifier.explain(tmp_path / "x.wav").key[0]
     card = (tmp_path / "model" / "README.md").read_text()
     for part in ("licence", "linear", "k-NN", "expected calibration error", "one more section"):
         assert part in card
@@ -271,22 +280,25 @@ def test_another_kind_of_task_is_refused(trained):
 
 def test_predict_in_a_process(model, tones):
     (tones.parent / "broken.wav").write_bytes(b"no audio")
-    words = ["predict", model, tones, tones.parent / "broken.wav", "absent.wav"]
+    words = ["predict", model, tones, tones.parent / "broken.wav", "absent.wav", "--json"]
     done = subprocess.run([ACT, *words], capture_output=True, text=True)
-    lines = [line.split("\t") for line in done.stdout.splitlines()]
-    assert done.returncode == 1 and len(lines) == 16
-    right = [Path(file).parent.name == label.split()[0] for file, label in lines]
-    assert sum(right) == 16
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 1 and len(rows) == 16
+    assert all(Path(row["file"]).parent.name == row["predicted"] for row in rows)
+    p = AudioClassifier.from_pretrained(model).predict_proba(tones).max(1)
+    assert np.allclose([row["top"][0]["probability"] for row in rows], p, atol=1e-5)
     assert "broken.wav" in done.stderr and "absent.wav" in done.stderr and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1] == "act: 2 of 18 files could not be classified"
     assert load_backbone(model).name == "log-mel"
 
 
-def test_predict_as_json_and_csv(model, tones, run):
+def test_predict_prints_a_line_a_file(model, tones, run):
     status, out, err = run("predict", model, tones / "cat", "--json", "--top", "2")
     rows = [json.loads(line) for line in out.splitlines()]
     assert status == 0 and len(rows) == 8, err
     assert all(row["predicted"] == "cat" == row["top"][0]["label"] and len(row["top"]) == 2 for row in rows)
+    status, out, err = run("predict", model, tones / "dog" / "1.wav")
+    assert status == 0 and out.startswith(f"{tones / 'dog' / '1.wav'}\tdog ") and out.count("\n") == 1
     status, out, err = run("predict", model, tones / "dog" / "1.wav", "--csv", "--top", "9")
     header, row = out.splitlines()
     assert header == "file,predicted,label_1,probability_1,label_2,probability_2" and ",dog,dog," in row
