@@ -13,6 +13,7 @@ _HOMES = {
     "tuning": ("Augment", "TuneConfig", "tune"),
     "embeddings": ("embed",),
     "probes": ("KNNProbe", "LinearProbe", "dual_probe"),
+    "classifier": ("AudioClassifier",),
     "study": ("Run", "Store", "compare", "execute_all"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -1385,12 +1385,18 @@ def _as_json(config):
                             "use numbers, texts, lists or dicts") from None
 
 # %% ../nbs/api/06_backbones.ipynb #bac00058l-2
-def _write_files(backbone, folder, card):
+def _write_files(backbone, folder, card, files):
     """Write weights, model card, assets and, last, the configuration with the checksums of the others."""
     shared = _shared_tensors(backbone)
     (folder / WEIGHTS).write_bytes(_weights(backbone, shared))
     (folder / CARD).write_text(_model_card(backbone, card), encoding="utf-8", newline="\n")
     backbone.save_assets(folder / ASSETS)
+    for name, content in (files or {}).items():
+        (folder / name).write_bytes(content)
+    for name, content in (files or {}).items():
+        (folder / name).write_bytes(content)
+    for name, content in (files or {}).items():
+        (folder / name).write_bytes(content)
     digests = {name: file_digest(folder / name) for name in _files_below(folder)}
     config = {
         "backbone": backbone.name,
@@ -1404,7 +1410,7 @@ def _write_files(backbone, folder, card):
 
 # %% ../nbs/api/06_backbones.ipynb #bac00059
 @patch
-def save_pretrained(self: Backbone, folder, card=None, force=False):
+def save_pretrained(self: Backbone, folder, card=None, force=False, files=None):
     """Save weights, configuration and model card.
 
     Parameters
@@ -1417,6 +1423,12 @@ def save_pretrained(self: Backbone, folder, card=None, force=False):
     force : bool
         Write also into a folder that holds files which act did not write. Those of the same name are
         replaced, the others kept.
+    files : dict of str to bytes, optional
+        More files that belong to the model, by name; loading the backbone does not need them.
+    files : dict of str to bytes, optional
+        More files that belong to the model, by name; loading the backbone does not need them.
+    files : dict of str to bytes, optional
+        More files that belong to the model, by name; loading the backbone does not need them.
 
     Returns
     -------
@@ -1435,7 +1447,7 @@ def save_pretrained(self: Backbone, folder, card=None, force=False):
         raise BackboneError(f"a {type(self).__name__} without a name cannot be loaded again: "
                             "register it, and build it by load_backbone")
     with _replaced_save(folder) as new:
-        _write_files(self, new, card)
+        _write_files(self, new, card, files)
     return folder
 
 # %% ../nbs/api/06_backbones.ipynb #bac00059b
