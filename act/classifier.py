@@ -678,7 +678,7 @@ def predict(self: AudioClassifier, clips, sample_rate=None):
     Parameters
     ----------
     clips, sample_rate
-        As for `predict_proba`.
+        As for `predict_proba`; the rate in Hz.
 
     Returns
     -------

@@ -30,7 +30,7 @@ def to_numpy(values):
 
     Parameters
     ----------
-    values : array-like, Tensor, DataFrame or sparse matrix
+    values : array-like, Tensor, DataFrame or sparse matrix of any shape (N, ...)
         A bfloat16 tensor becomes float32, because NumPy has no bfloat16.
 
     Returns
@@ -53,7 +53,7 @@ def check_array(values, name):
 
     Parameters
     ----------
-    values : array-like, Tensor, DataFrame or sparse matrix
+    values : array-like, Tensor, DataFrame or sparse matrix of any shape (N, ...)
     name : str
         How error messages refer to the values.
 

@@ -172,6 +172,7 @@ def test_musicnn_networks_equal_tensorflow():
     assert apart(hidden, torch.tensor(reference["MSD_musicnn"])) <= 1e-4
 
 
+@pytest.mark.slow
 def test_musicnn_spectrogram_equals_librosa():
     librosa = pytest.importorskip("librosa")
     x, _ = clips(16000, (1.,))

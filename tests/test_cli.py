@@ -519,6 +519,7 @@ print(_run_notebook(Path(sys.argv[1]), Path(sys.argv[2]), dict(wanted=sys.execut
 """
 
 
+@pytest.mark.slow
 def test_notebooks_run_in_the_python_of_act_whatever_kernels_there_are_several_at_once(tmp_path):
     import nbformat
     kernel = tmp_path / "jupyter" / "kernels" / "python3"

@@ -163,6 +163,7 @@ def test_a_stamp_passes_over_comments_docstrings_and_blank_lines():
     assert executed_code('class A:\n    """One\n    two."""\n    b = """kept"""\n') == 'class A:\n    b = """kept"""'
 
 
+@pytest.mark.slow
 def test_changed_code_puts_outputs_out_of_date(tmp_path, monkeypatch):
     import run_notebooks
     for part in ("act", "nbs", "docs"): shutil.copytree(REPO / part, tmp_path / part, ignore=shutil.ignore_patterns("_build", "__pycache__"))

@@ -19,7 +19,7 @@ from act.backbones import list_backbones
 def main():
     rows = planned_rows("table_2", dict(tasks=["words-4"], backbones=["log-mel"], trials=[dict(passes=2)]))
     row = next(row for row in rows if row.task == "tones-4")
-    comparison = compare(*row, seeds=[0], store=Store(sys.argv[1]), jobs=2, progress=False)
+    comparison = compare(*row, seeds=[0], store=Store(sys.argv[1]), jobs=int(sys.argv[2]), progress=False)
     table = wide_table(long_table({(row.task, row.backbone): comparison}))
     listed = "band-energy" in set(list_backbones().index) and "tones-N" in set(list_tasks().index)
     records = {name: [[r["status"], r.get("error")] for r in found] for name, found in comparison.items()}
@@ -40,13 +40,14 @@ def installed(repo, tmp_path_factory):
     return folder / "site"
 
 
-def test_one_of_each_from_another_package(installed, tmp_path):
-    """A study of the installed package's task, encoder, method and loss, as a row of Table 2, in two processes."""
+@pytest.mark.parametrize("jobs", ["1", pytest.param("2", marks=pytest.mark.slow)])
+def test_one_of_each_from_another_package(installed, tmp_path, jobs):
+    """A study of the installed package's task, encoder, method and loss, as a row of Table 2."""
     script = tmp_path / "study.py"
     script.write_text(STUDY)
     path = os.pathsep.join(filter(None, (str(installed), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path, "ACT_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-W", "ignore", str(script), str(tmp_path / "store")], env=environment,
+    done = subprocess.run([sys.executable, "-W", "ignore", str(script), str(tmp_path / "store"), jobs], env=environment,
                           capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.strip().splitlines()[-1])

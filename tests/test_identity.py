@@ -544,7 +544,7 @@ def test_parts_of_act_are_not_sent(registered):
     import act.analysis
     import act.paper
     before = {kind: set(parts) for kind, parts in core._added_parts().items()}
-    assert not {"artefacts", "claims", "backbone"} & set(before)
+    assert not {"artefacts", "claims"} & set(before)      # other tests of this process may have added encoders
     register_task("by-hand")(lambda: None)
     added = {kind: set(parts) for kind, parts in core._added_parts().items()}
     assert added == {**before, "task": before.get("task", set()) | {"by-hand"}}

@@ -63,9 +63,9 @@ def test_the_library_works_without_extras():
     """Losses, tuning, probes and the command line import, and an encoder embeds, where no extra is installed."""
     code = BLOCKER.format(blocked=EXTRAS_ONLY) + (
         f"import importlib\nfor name in {BASE!r}: importlib.import_module('act.' + name)\n"
-        "import torch\nfrom act.backbones import list_backbones, load_backbone\nfrom act.tasks import list_tasks\n"
-        "print(load_backbone('log-mel')(torch.randn(2, 16000)).shape, len(list_backbones()) > 5, len(list_tasks()) > 5)")
-    assert run(code).strip() == "torch.Size([2, 128]) True True"
+        "import torch\nfrom act.backbones import load_backbone\nfrom act.tasks import list_tasks\n"
+        "print(load_backbone('log-mel')(torch.randn(2, 16000)).shape, len(list_tasks()) > 5)")
+    assert run(code).strip() == "torch.Size([2, 128]) True"
 
 
 @pytest.mark.parametrize("code, extra", [

@@ -120,6 +120,7 @@ def test_papermill_alone_refuses_a_misspelt_parameter(repo, tmp_path):
     assert wrong.returncode != 0 and "did you mean seeds?" in wrong.stderr
 
 
+@pytest.mark.slow
 def test_a_failing_notebook_leaves_the_others(tmp_path):
     (tmp_path / "half.yaml").write_text(yaml.safe_dump(dict(profile="half", table_2=dict(tasks=["words-4"]))))
     half = act("reproduce", "--profile", tmp_path / "half.yaml", "--only", "figure_1,table_2", "--results", tmp_path)
