@@ -32,7 +32,7 @@ estimate: $(ready)  ## what a profile costs in hours and disk on this machine: P
 	@$(bin)/act reproduce $(options) --estimate
 
 test: $(ready)   ## everything CI proves, under 15 minutes on two cores
-	@OMP_NUM_THREADS=1 $(bin)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+	@OMP_NUM_THREADS=1 $(bin)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-slow: $(ready)  ## the long faults and parities
 	@$(bin)/python -m pytest -m slow

@@ -41,12 +41,9 @@ def real_cache(mirror, tmp_path_factory):
         yield folder
 
 
-INDEPENDENT = {"test_notebooks"}      # files whose tests share no fixture: their tests go to whichever process is free
+LONGEST = ("test_notebooks", "test_docs", "test_reproduce")      # files that begin first, so that all processes end together
 
 
-@pytest.hookimpl(tryfirst=True)      # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items):
-    """Keep the tests of a file in one process (`--dist loadgroup`), as they share fixtures; the independent ones come last."""
-    items.sort(key=lambda item: item.path.stem in INDEPENDENT)
-    for item in items:
-        if item.path.stem not in INDEPENDENT: item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    """The longest files first; each stays in one process (`--dist loadfile`), as its tests share fixtures."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
