@@ -1425,10 +1425,6 @@ def save_pretrained(self: Backbone, folder, card=None, force=False, files=None):
         replaced, the others kept.
     files : dict of str to bytes, optional
         More files that belong to the model, by name; loading the backbone does not need them.
-    files : dict of str to bytes, optional
-        More files that belong to the model, by name; loading the backbone does not need them.
-    files : dict of str to bytes, optional
-        More files that belong to the model, by name; loading the backbone does not need them.
 
     Returns
     -------

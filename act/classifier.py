@@ -14,7 +14,6 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
 
 import joblib
 import numpy as np
@@ -35,6 +34,7 @@ from .embeddings import default_fabric, default_max_samples, embed, frozen_embed
 from .metrics import METRICS
 from .probes import (MULTI_LABEL_METRICS, PENALTIES, SINGLE_LABEL_METRICS, KNNProbe, LinearProbe,
                         dual_probe, nearest)
+from .tasks import _files_below
 from .tuning import TuneConfig, tune
 
 # %% ../nbs/api/14_classifier.ipynb #clf00005
@@ -177,20 +177,15 @@ def audio_files(folder):
     Returns
     -------
     list of Path
-        Sorted; hidden files and folders are left out.
+        Sorted; hidden files are left out and linked folders followed, as by `act.tasks.folder_task`.
 
     Raises
     ------
-    ClassifierError
-        If there are none.
+    ActError
+        If there are none, or a folder cannot be read.
     """
     folder = full_path(folder)
-    paths = []
-    for root, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if not name.startswith(".") and decodable(name):
-                paths.append(Path(root, name))
+    paths = [path for _, path in _files_below(folder) if decodable(path)]
     if not paths:
         raise ClassifierError(f"{folder}: holds no recordings")
     return sorted(paths)

@@ -41,6 +41,18 @@ def real_cache(mirror, tmp_path_factory):
         yield folder
 
 
+@pytest.fixture
+def registered():
+    """The registries, which are after the test as they were before it."""
+    from act.core import REGISTRIES
+    before = {kind: dict(registry.load_installed()) for kind, registry in REGISTRIES.items()}
+    yield
+    for kind, parts in before.items():
+        REGISTRIES[kind].clear()
+        REGISTRIES[kind].update(parts)
+        REGISTRIES[kind].revision += 1
+
+
 LONGEST = ("test_notebooks", "test_docs", "test_reproduce")      # files that begin first, so that all processes end together
 
 

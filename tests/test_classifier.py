@@ -13,7 +13,7 @@ from sklearn.metrics import f1_score
 import act
 from act import cli
 from act.backbones import BackboneError, load_backbone
-from act.classifier import (AudioClassifier, Calibration, ClassifierError, _best_temperature, _fit_platt,
+from act.classifier import (AudioClassifier, audio_files, Calibration, ClassifierError, _best_temperature, _fit_platt,
                             expected_calibration_error)
 from act.core import ActError
 from act.tasks import SPLITS, folder_task, load_task
@@ -311,3 +311,15 @@ def test_wrong_commands_are_one_line(words, message, model, run, tmp_path):
     places = dict(MODEL=model, EMPTY=tmp_path)
     status, out, err = run("predict", *[places.get(word, word) for word in words])
     assert status == 1 and out == "" and err.count("\n") == 1 and message in err
+
+
+def test_a_folder_to_predict_is_read_as_one_to_tune_on(tmp_path):
+    """Linked folders are followed once; what other programs leave beside recordings is not one."""
+    folder, linked = tmp_path / "new", tmp_path / "elsewhere"
+    for path in (folder / "a.wav", folder / "__MACOSX" / "._a.wav", folder / "._b.wav", folder / "notes.txt", linked / "c.flac"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    (folder / "more").symlink_to(linked)
+    (folder / "round").symlink_to(folder)
+    assert audio_files(folder) == [folder / "a.wav", folder / "more" / "c.flac"]
+    with pytest.raises(ActError, match="nowhere: cannot be read"): audio_files(tmp_path / "nowhere")

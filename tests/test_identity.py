@@ -33,17 +33,6 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("ACT_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.fixture
-def registered():
-    """Registries as they were before the test."""
-    before = {kind: dict(registry.load_installed()) for kind, registry in REGISTRIES.items()}
-    yield
-    for kind, parts in before.items():
-        REGISTRIES[kind].clear()
-        REGISTRIES[kind].update(parts)
-        REGISTRIES[kind].revision += 1
-
-
 def recordings(folder, level=.3, n=12):
     """A task of twelve tones of two pitches, made by hand as a user would."""
     folder.mkdir(parents=True)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from act.backbones import load_backbone
 from act import core
-from act.core import REGISTRIES, ActError, code_of, pack_parts, unpack_parts
+from act.core import ActError, code_of, pack_parts, unpack_parts
 from act.losses import CLASSIFICATION_LOSSES, contrastive_loss, pair_weights, register_loss, soft_target_loss
 from act.tasks import load_task
 from act.tuning import (METHODS, PRECISIONS, Augment, Method, TuneConfig, TuningError, _solved_constant, _with_additional_counts,
@@ -308,16 +308,6 @@ def test_a_precision_that_an_encoder_cannot_do_is_one_line():
 
 
 # ---------------------------------------------------------------- losses with options, losses of the user
-
-@pytest.fixture
-def registered():
-    """Registries as they were before the test."""
-    before = {kind: dict(registry.load_installed()) for kind, registry in REGISTRIES.items()}
-    yield
-    for kind, parts in before.items():
-        REGISTRIES[kind].clear()
-        REGISTRIES[kind].update(parts)
-
 
 Z = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
 SETS = (torch.rand(40, 5, generator=torch.Generator().manual_seed(1)) < .4).long()
