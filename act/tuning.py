@@ -1921,7 +1921,8 @@ def _copied(backbone):
         return copy.deepcopy(backbone)
     except (RuntimeError, TypeError) as error:
         reason = _first_line(error)
-        raise TuningError(f"{backbone.name}: cannot be copied ({reason}): tune it itself, with inplace=True") from None
+        raise TuningError(f"{backbone.name}: cannot be copied ({reason}): "
+                          "tune it itself, with inplace=True") from None
 
 # %% ../nbs/api/09_tuning.ipynb #tun00059
 def tune(backbone, task, config=TuneConfig(), fabric=None, folder=None, progress=True, callback=None,
@@ -1957,8 +1958,9 @@ def tune(backbone, task, config=TuneConfig(), fabric=None, folder=None, progress
     Raises
     ------
     TuningError
-        If the encoder cannot be copied, if the loss fails for the labels of the task, if the folder contains the checkpoint of another run, or
-        if the loss becomes NaN or infinite; the last message names the step.
+        If the encoder cannot be copied, if the loss fails for the labels of the task, if the folder contains
+        the checkpoint of another run, or if the loss becomes NaN or infinite; the last message names the
+        step.
     """
     splits = ["train"]
     if config.patience is not None:

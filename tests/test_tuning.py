@@ -274,16 +274,16 @@ def test_the_log_counts_other_clips(task, settings):
 def test_a_run_without_positives_says_so_once():
     task = load_task("words-4").subset(range(40))
 
-    def warned(**settings):
+    def warned(batch=6, **settings):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            tuned = tune(load_backbone("log-mel"), task, TuneConfig(passes=1, batch=6, **settings), progress=False)
+            tuned = tune(load_backbone("log-mel"), task, TuneConfig(passes=1, batch=batch, **settings), progress=False)
         return tuned, [str(w.message) for w in caught if w.category is ActWarning]
 
     shuffled, messages = warned(per_class=None)
     assert len(messages) == 1 and "\n" not in messages[0] and shuffled.positives < 1
     assert re.search(r"words-4: an anchor has 0\.\d\d positives .*set per_class=4, or raise batch \(micro_batch", messages[0])
-    balanced, messages = warned(per_class=3)
+    balanced, messages = warned(per_class=3, batch=24)
     assert not messages and balanced.positives >= 2 and balanced.without_positives < .1
     classifier, messages = warned(method="vanilla")
     assert not messages and classifier.positives is None and "positives" not in classifier.log
