@@ -41,6 +41,8 @@ REAL = {  # name: (clips per side, classes, groups per side)
     "esc10@2": ((240, 80, 80), 10, None),
     "esc10-mix": ((1200, 300, 300), 10, None),
     "mdb-drums": ((594, 119, 782), 6, (5, 2, 6)),
+    "speechocean762-mini": ((2000, 500, 1000), 250, None),
+    "speech-to-intent": ((309, 124, 186), 38, None),
 }
 
 
@@ -287,6 +289,17 @@ def voxceleb():
     )
 
 
+def speechocean():
+    wav, halves = audio(), dict(train=range(125), test=range(125, 250))
+    files = {"WAVE/.DS_Store": b"x", "README.md": b""}
+    for half, speakers in halves.items():
+        ids = [(f"{s:04}{i:05}", f"{s:04}") for s in speakers for i in range(20)]
+        files |= {f"WAVE/SPEAKER{speaker}/{utterance}.WAV": wav for utterance, speaker in ids}
+        files[f"{half}/utt2spk"] = "".join(f"{utterance}\t{speaker}\n" for utterance, speaker in ids).encode()
+    archive = {f"speechocean762/{name}": data for name, data in files.items()}
+    return {"speechocean762.tar.gz": archive}, (3000, 750, 1250), 250
+
+
 def gtzan():
     genres = "blues classical country disco hiphop jazz metal pop reggae rock".split()
     wav = audio(sample_rate=22050)
@@ -453,6 +466,7 @@ MINI = {
     "mswc-en": mswc,
     "wmms": wmms,
     "voxceleb1-id": voxceleb,
+    "speechocean762": speechocean,
     "gtzan": gtzan,
     "nsynth-instrument": nsynth,
     "fsd50k": fsd50k,
