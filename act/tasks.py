@@ -104,6 +104,18 @@ def _ids_of_names(y, classes):
         raise _label_error(f"labels {unknown[:MAX_LISTED]} are none of the classes")
     return np.array([id_of[name] for name in names])
 
+# %% ../nbs/api/03_tasks.ipynb #tas00211
+def _as_known(known, labels):
+    """The mask of known labels, a BoolTensor (N, C); None if all are known."""
+    known = torch.from_numpy(_to_array(known).astype(bool))
+    if known.shape != labels.shape or labels.ndim != 2:
+        shapes = f"a mask of shape {tuple(known.shape)} and labels of shape {tuple(labels.shape)}"
+        raise TaskError(f"{shapes}: known must mark every label of multi-hot rows (N, C)")
+    n_wrong = int(labels[~known].sum())
+    if n_wrong:
+        raise TaskError(f"{n_wrong} labels are present but marked as unknown; correct known or the labels")
+    return None if known.all() else known
+
 # %% ../nbs/api/03_tasks.ipynb #tas00114
 def _as_groups(groups):
     """Group names, an array of str (N,); a clip without one is a group of its own."""
@@ -204,6 +216,8 @@ class Task:
         The manifest entry that the files come from.
     licence : str, optional
         The licence of the recordings.
+    known : BoolTensor (N, C), optional
+        Which labels of a multi-label task are known; all by default. See `targets`.
 
     Raises
     ------
@@ -219,12 +233,15 @@ class Task:
     sample_rate: int | None = None
     entry: str | None = None
     licence: str | None = None
+    known: torch.Tensor | None = None
 
     def __post_init__(self):
         self.classes = tuple(self.classes)
         self.split = np.asarray(self.split, dtype=str)
         try:
             self.labels = _as_labels(self.labels, self.classes)
+            if self.known is not None:
+                self.known = _as_known(self.known, self.labels)
         except TaskError as error:
             raise TaskError(f"task {self.name}: {error}") from None
         if self.groups is not None:
@@ -289,6 +306,7 @@ def subset(self: Task, indices, name=None):
     """A task of the clips at these positions, with the same classes."""
     keep = np.asarray(indices, dtype=int)
     groups = None if self.groups is None else self.groups[keep]
+    known = None if self.known is None else self.known[torch.from_numpy(keep)]
     return replace(
         self,
         name=name or self.name,
@@ -296,6 +314,7 @@ def subset(self: Task, indices, name=None):
         labels=self.labels[torch.from_numpy(keep)],
         split=self.split[keep],
         groups=groups,
+        known=known,
     )
 
 # %% ../nbs/api/03_tasks.ipynb #tas00120b
@@ -306,6 +325,14 @@ def shared_groups(self: Task):
         return []
     n_sides = pd.Series(self.split).groupby(self.groups).nunique()
     return n_sides.index[n_sides > 1].tolist()
+
+# %% ../nbs/api/03_tasks.ipynb #tas00213
+@patch(as_prop=True)
+def targets(self: Task):
+    """The labels, with NaN for each that is not known: for losses and metrics, which leave those entries out."""
+    if self.known is None:
+        return self.labels
+    return self.labels.masked_fill(~self.known, torch.nan)
 
 # %% ../nbs/api/03_tasks.ipynb #tas00008b
 def _clip_identities(task):
@@ -347,12 +374,16 @@ def content(self: Task):
 def digest(self: Task):
     """SHA-256 of all that a result depends on: waveforms, labels, classes, split and groups."""
     groups = None if self.groups is None else self.groups.tolist()
+    unknown = {}
+    if self.known is not None:
+        unknown["known"] = content_of(self.known)
     parts = identity(
         clips=self.content,
         labels=content_of(self.labels),
         classes=self.classes,
         split=self.split.tolist(),
         groups=groups,
+        **unknown,
     )
     return parts.digest
 
@@ -1189,7 +1220,7 @@ def _train_or_valid(names, share=.1):
 # %% ../nbs/api/03_tasks.ipynb #tas00140
 @register_task(r"openmic18", entry="openmic18")
 def _openmic():
-    """Twenty instruments, several in a clip; unknown ones count as absent."""
+    """Twenty instruments, several in a clip; those that nobody judged are marked as unknown."""
     folder = fetch("openmic18")
     table = pd.read_csv(folder/"openmic-2018-aggregated-labels.csv")
     relevant = table[table["relevance"] >= .5]
@@ -1197,13 +1228,17 @@ def _openmic():
     train = (folder/"partitions"/"split01_train.csv").read_text().split()
     test = (folder/"partitions"/"split01_test.csv").read_text().split()
     keys = train + test
-    return _entry_task(
+    classes = sorted(set(table["instrument"]))
+    judged = pd.crosstab(table["sample_key"], table["instrument"])
+    judged = judged.reindex(index=keys, columns=classes, fill_value=0)
+    task = _entry_task(
         "openmic18",
         names=[f"audio/{key[:3]}/{key}.ogg" for key in keys],
         labels=[instruments.get(key, []) for key in keys],
         split=_train_or_valid(train) + ["test"] * len(test),
-        classes=sorted(set(table["instrument"])),
+        classes=classes,
     )
+    return replace(task, known=judged.to_numpy() > 0)
 
 # %% ../nbs/api/03_tasks.ipynb #tas00052
 DRUMS = dict(KD="kick", SD="snare", HH="hi-hat", TT="tom", CY="cymbal", OT="other")
