@@ -76,15 +76,23 @@ def long_table(comparisons):
     -------
     DataFrame
         ``task, backbone, method, probe, metric, mean, ci95, seeds, values, valid, options, C, test_clips,
-        classes, note``.
+        classes, note``; with `act.study.compare`'s grids also ``edge``: where the chosen learning rate lies
+        in its grid, ``"lower"`` or ``"upper"``, empty inside.
     """
     rows = []
     for (task, backbone), methods in comparisons.items():
         for method, probe in product(methods, PROBES):
             names = dict(task=task, backbone=backbone, method=method, probe=probe)
             scores = _score_row(methods[method], probe)
-            rows.append(names | scores)
+            rows.append(names | scores | _edge_of(methods[method]))
     return pd.DataFrame(rows)
+
+# %% ../nbs/api/16a_analysis.ipynb #ana00201
+def _edge_of(records):
+    "The edge of its grid of learning rates at which a choice lies, as a column; none where no grid is known."
+    if not records or "grid" not in records[0]:
+        return {}
+    return dict(edge=records[0]["grid"]["edge"] or "")
 
 # %% ../nbs/api/16a_analysis.ipynb #ana00007
 def _score_row(records, probe):
@@ -201,13 +209,14 @@ def chosen_table(long):
     Returns
     -------
     DataFrame
-        Of text: ``task, backbone, method, options, C`` (one per seed) and the validation scores in percent,
+        Of text: ``task, backbone, method, options, edge`` (if it is known), ``C`` (one per seed) and the validation scores in percent,
         means over seeds.
     """
     keys = ["task", "backbone", "method"]
     measured = long[_is_measured(long)]
     valid = measured.pivot(index=keys, columns="probe", values="valid")
-    table = measured.loc[measured.probe == "linear", [*keys, "options", "C"]]
+    shown = [*keys, "options", "edge", "C"] if "edge" in long else [*keys, "options", "C"]
+    table = measured.loc[measured.probe == "linear", shown].fillna("")
     rows = list(table[keys].itertuples(index=False, name=None))
     for probe in PROBES:
         percent = [f"{100 * valid.loc[row, probe]:.1f}" for row in rows]
@@ -554,8 +563,8 @@ def recorded(folder):
 def _read_comparisons(index, runs):
     "The comparisons whose keys are listed in a file."
     comparisons = {}
-    for task, backbone, method, keys in _read_index(index):
-        records = [_read_run(index, runs / f"{key}.json") for key in keys]
+    for task, backbone, method, keys, fields in _read_index(index):
+        records = [_read_run(index, runs / f"{key}.json") | fields for key in keys]
         methods = comparisons.setdefault((task, backbone), {})
         methods[method] = records
     return comparisons
@@ -569,13 +578,19 @@ def _read_run(index, path):
 
 # %% ../nbs/api/16a_analysis.ipynb #ana00067
 def _read_index(index):
-    "Task, encoder, method and record keys of each entry."
+    "Task, encoder, method, record keys and further fields of the records, of each entry."
     try:
         entries = json.loads(index.read_text(encoding="utf-8"))
-        return [(task, backbone, method, list(keys)) for task, backbone, method, keys in entries]
+        return [_index_entry(*entry) for entry in entries]
     except (ValueError, TypeError) as error:
         message = f"{index} is not a list of records ({error}); run act reproduce again"
         raise AnalysisError(message) from None
+
+
+def _index_entry(task, backbone, method, keys, grid=None):
+    "One entry; the grid of its learning rates, if it is known, is a field of each of its records."
+    fields = {} if grid is None else dict(grid=grid)
+    return task, backbone, method, list(keys), fields
 
 # %% ../nbs/api/16a_analysis.ipynb #rep00030
 def derived_tables(folder):

@@ -22,7 +22,8 @@ import pandas as pd
 
 from .analysis import PROBE_NAMES, claims, derived_tables, option_texts, recorded, side_of_zero
 from .core import ActError, full_path, write_atomic
-from .paper import ARTEFACTS, OTHERS, SavedTable, check_names, saved_tables
+from .paper import ARTEFACTS, OTHERS, SavedTable, check_names, saved_tables, seeds_text
+from .study import ALL
 
 # %% ../nbs/api/17_report.ipynb #rep00004a
 class ReportError(ActError):
@@ -237,21 +238,24 @@ def protocol(trials, seeds):
 
     Parameters
     ----------
-    trials : list of dict, or dict of such lists
+    trials : list of dict, or dict
         As for `act.paper.trials_for`.
-    seeds : int
-        Repetitions of the chosen setting.
+    seeds : int or dict of str to int
+        Repetitions of the chosen setting, as for `act.paper.seeds_for`.
 
     Returns
     -------
     str
         Markdown.
     """
-    families = trials if isinstance(trials, dict) else {"": trials}
+    by_row = isinstance(trials, dict) and ALL not in trials
+    families = trials if by_row else {"": trials}
     chosen = " and ".join(_trials_text(*family) for family in families.items())
     return (
-        f"Test score in percent, mean over {seeds} seeds ± half-width of the 95 % interval (Student's t). "
+        f"Test score in percent, mean over {seeds_text(seeds)} ± half-width of the 95 % interval (Student's t). "
         f"Every tuned method chose {chosen} by the mean of both probes on the validation split with seed 0; "
+        "where the best learning rate of a method lay at the edge, all methods of the row got one more, twice at "
+        "most; "
         "equal passes cost every method equally many clips through the encoder, and two views count twice. "
         "Linear probe: z-scored on the training split, L2 penalty chosen on validation. "
         "k-NN probe: cosine, k = 20, weights exp(sim / 0.07).")
@@ -259,15 +263,30 @@ def protocol(trials, seeds):
 # %% ../nbs/api/17_report.ipynb #rpt00014
 def _trials_text(family, trials):
     "The trials of a family of tasks; an empty name means all tasks."
-    listed = []
-    for options in trials:
-        listed.append(", ".join(option_texts(options, " ")))
-    text = f"among the same {len(trials)} trials ({'; '.join(listed)})"
+    if isinstance(trials, dict):
+        text = _method_trials_text(trials)
+    else:
+        text = f"among the same {len(trials)} trials ({_options_text(trials)})"
     if not family:
         return text
     if family == OTHERS:
         return f"{text} elsewhere"
     return f"{text} on {family}"
+
+
+def _method_trials_text(trials):
+    "Trials that are given by method."
+    count = len(next(iter(trials.values())))
+    listed = []
+    for method, choices in trials.items():
+        name = "others" if method == ALL else method
+        listed.append(f"{name}: {_options_text(choices)}")
+    return f"among {count} trials of its own ({' | '.join(listed)})"
+
+
+def _options_text(trials):
+    "The options of some trials."
+    return "; ".join(", ".join(option_texts(options, " ")) for options in trials)
 
 # %% ../nbs/api/17_report.ipynb #rep00038
 RELATIONS = dict(above="is higher than", below="is lower than", around="does not differ detectably from")
@@ -484,12 +503,13 @@ def save_table(name, folder, long, wide, caption="", comparisons=None, notes=())
 
 # %% ../nbs/api/17_report.ipynb #rpt00022
 def _record_keys(comparisons):
-    "Task, encoder, method and the keys of the records of each, for JSON."
+    "Task, encoder, method, the keys of the records of each and, if known, the grid of its choice, for JSON."
     entries = []
     for (task, backbone), methods in comparisons.items():
         for method, records in methods.items():
             keys = [r["key"][:24] for r in records]
-            entries.append([task, backbone, method, keys])
+            grids = [r["grid"] for r in records[:1] if "grid" in r]
+            entries.append([task, backbone, method, keys, *grids])
     return entries
 
 # %% ../nbs/api/17_report.ipynb #rpt00031
