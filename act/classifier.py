@@ -36,7 +36,7 @@ from scipy.special import expit, log_softmax
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, confusion_matrix, precision_recall_curve
 
-from .audio import (Clip, audio_info, collate, decodable, read_audio, resample, seekable,
+from .audio import (Clip, audio_info, collate, read_audio, resample, seekable,
                        sound_address)
 from .backbones import CONFIG, Backbone, load_backbone
 from .core import ActError, file_digest, full_path, import_extra, replacing
@@ -44,8 +44,8 @@ from .embeddings import default_fabric, default_max_samples, embed, frozen_embed
 from .metrics import METRICS
 from .probes import (MULTI_LABEL_METRICS, PENALTIES, SINGLE_LABEL_METRICS, KNNProbe, LinearProbe,
                         dual_probe, nearest)
-from .tasks import (SPLITS, Task, _files_below, _Listing, _task_of, csv_task, folder_task, load_task,
-                       split_groups)
+from .tasks import (AUDIO_SUFFIXES, SPLITS, Task, _files_below, _Listing, _task_of, csv_task, folder_task,
+                       load_task, split_groups)
 from .tuning import TuneConfig, tune
 
 # %% ../nbs/api/14_classifier.ipynb #clf00005
@@ -188,7 +188,7 @@ def audio_files(folder):
     Returns
     -------
     list of Path
-        Sorted; hidden files are left out and linked folders followed, as by `act.tasks.folder_task`.
+        Sorted; those that cannot be decoded here too, so that they are named when they are read. Hidden files are left out and linked folders followed, as by `act.tasks.folder_task`.
 
     Raises
     ------
@@ -196,7 +196,7 @@ def audio_files(folder):
         If there are none, or a folder cannot be read.
     """
     folder = full_path(folder)
-    paths = [path for _, path in _files_below(folder) if decodable(path)]
+    paths = [path for _, path in _files_below(folder) if path.suffix.lower() in AUDIO_SUFFIXES]
     if not paths:
         raise ClassifierError(f"{folder}: holds no recordings")
     return sorted(paths)

@@ -752,9 +752,10 @@ def _labelled_task(paths, labels):
 
 
 def _is_task_name(name):
-    """Whether a name is that of a task and not of a file or folder here."""
-    from act.tasks import TASKS
-    return not full_path(name).exists() and TASKS.find(name) is not None
+    """Whether a name can only be that of a task, since it is neither a file here nor that of a recording."""
+    from act.tasks import AUDIO_SUFFIXES
+    path = full_path(name)
+    return not path.exists() and path.suffix.lower() not in AUDIO_SUFFIXES
 
 # %% ../nbs/api/20_cli.ipynb #cli00082
 def _kept_arrays(task, rows):
@@ -780,6 +781,31 @@ def _write_embeddings(writer, clips, outcomes):
             writer.add(outcome)
             rows.append(row)
     return rows
+
+# %% ../nbs/api/20_cli.ipynb #cli00085
+def _is_of_embed(path):
+    """Whether a file was written by act embed."""
+    import numpy as np
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {"embeddings", "files"} <= set(file.files)
+    except Exception:                   # whatever it is, it is not ours
+        return False
+
+
+def _check_out(path):
+    """Refuse a place where the file cannot go, before anything is computed."""
+    if path.suffix.lower() != ".npz":
+        raise ActError(f"--out {path}: name a file that ends in .npz")
+    if path.is_dir():
+        raise ActError(f"--out {path}: is a folder; name a file in it")
+    if path.exists() and not _is_of_embed(path):
+        raise ActError(f"--out {path}: exists and was not written by act embed; choose another name")
+    above = path.absolute().parent
+    while not above.exists():
+        above = above.parent
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ActError(f"--out {path}: {above} is not a folder that may be written to")
 
 # %% ../nbs/api/20_cli.ipynb #cli00083
 @app.command()
@@ -809,14 +835,6 @@ def embed(model: str = typer.Argument(..., help="A folder that act tune wrote, o
     typer.echo(f"{out}: embeddings {(writer.count, encoder.dim)}, {', '.join(['files', *arrays])}")
     if len(rows) < len(clips):
         raise ActError(f"{len(clips) - len(rows)} of {len(clips)} recordings could not be embedded")
-
-
-def _check_out(path):
-    """Refuse a place where no .npz can be written, before anything is computed."""
-    if path.suffix.lower() != ".npz":
-        raise ActError(f"--out {path}: name a file that ends in .npz")
-    if path.is_dir():
-        raise ActError(f"--out {path}: is a folder; name a file in it")
 
 # %% ../nbs/api/20_cli.ipynb #cli00032
 study_app = typer.Typer(help="Look into a folder of run records.", no_args_is_help=True)
