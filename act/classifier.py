@@ -1585,7 +1585,7 @@ def _hub():
 
 def _hub_errors(hub):
     """What the client library raises for a model, a user or a network that is not there."""
-    errors = [hub.errors.HfHubHTTPError, hub.errors.HFValidationError, hub.errors.EntryNotFoundError, OSError]
+    errors = [hub.errors.HfHubHTTPError, hub.errors.EntryNotFoundError, OSError, ValueError]
     for library in ("httpx", "httpx2"):                 # whichever the client uses
         if library in sys.modules:
             errors.append(sys.modules[library].HTTPError)
@@ -1654,7 +1654,7 @@ def push_to_hub(self: AudioClassifier, repo_id, private=None, token=None, messag
     Parameters
     ----------
     repo_id : str
-        ``"OWNER/NAME"``; it is created if it does not exist.
+        ``"OWNER/NAME"``; the repository is created if it does not exist.
     private : bool, optional
         Whether a new repository is private; by default as the owner's settings say.
     token : str, optional
@@ -1674,16 +1674,19 @@ def push_to_hub(self: AudioClassifier, repo_id, private=None, token=None, messag
     ClassifierError
         If huggingface_hub is missing, or the Hub refuses the name, the token or the files.
     """
+    if repo_id.count("/") != 1:
+        raise ClassifierError(f"{repo_id!r} is not the name of a model on the Hub: give OWNER/NAME")
     hub = _hub()
     api = hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
     with tempfile.TemporaryDirectory() as parent:
         folder = self.save_pretrained(Path(parent, "model"), card, compared=compared)
         try:
-            address = api.create_repo(repo_id, private=private, exist_ok=True)
-            api.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message=message)
+            if not api.repo_exists(repo_id):
+                api.create_repo(repo_id, private=private)
+            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
         except _hub_errors(hub) as error:
             raise _hub_failure("uploaded", repo_id, error) from None
-    return str(address)
+    return f"{api.endpoint}/{repo_id}"
 
 # %% ../nbs/api/14_classifier.ipynb #clf00171
 class EmbeddingWriter:
