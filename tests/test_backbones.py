@@ -357,7 +357,7 @@ def test_hugging_face_pads_where_padding_can_be_hidden(hub, family):
     with torch.no_grad():
         again = copy.deepcopy(backbone)
         backbone(x[:1, :6400])                                # another batch of the original
-        assert torch.equal(again(x, lengths), z)
+        assert apart(again(x, lengths), z) <= 1e-6
 
 
 def test_a_learned_mixture_of_any_model(hub):
