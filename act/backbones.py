@@ -445,7 +445,7 @@ def load_backbone(name_or_folder, pretrained=True, trainable=None, **options):
 def _by_length(backbone, encode, x, lengths):
     """Encode a batch in groups of clips of equal length.
 
-    `encode(x, lengths)` returns vectors (b, F, D) and how many are real, (b,); so does the whole: (B, F, D), (B,).
+    `encode(x, lengths)` returns vectors (b, F, D) and how many are real, (b,); so does this function for all B.
     """
     if x.is_meta:
         return encode(x, lengths)
@@ -507,8 +507,8 @@ def _choose_batching(backbone, seconds):
         backbone.equal_lengths = True
         if not _company_changes(backbone, seconds):
             return
-    raise BackboneError(f"{backbone.name} embeds a clip differently beside others: its embeddings depend on "
-                        "the batch, or on chance; normalise each clip on its own, and draw nothing in eval mode")
+    raise BackboneError(f"{backbone.name} embeds a clip differently beside others: its embeddings depend on the "
+                        "batch, or on chance; normalise each clip on its own, and draw nothing in eval mode")
 
 # %% ../nbs/api/06_backbones.ipynb #bac00206a
 @contextlib.contextmanager
@@ -521,7 +521,8 @@ def _one_line(backbone, x):
         reason = lines[0] if lines else "no reason given"
         if not isinstance(error, BackboneError):
             reason = f"{type(error).__name__}: {reason}"
-        raise BackboneError(f"{backbone.name} cannot embed noise of shape {tuple(x.shape)}: {reason}") from None
+        shape = tuple(x.shape)
+        raise BackboneError(f"{backbone.name} cannot embed noise of shape {shape}: {reason}") from None
 
 # %% ../nbs/api/06_backbones.ipynb #bac00208
 def _unpacked(output):
@@ -537,8 +538,8 @@ def _unpacked(output):
     elif isinstance(output, dict):
         output = output.get("last_hidden_state", output)
     if not isinstance(output, torch.Tensor) or output.ndim not in (2, 3) or not output.is_floating_point():
-        raise BackboneError(f"it returns {_in_words(output)}; an embedding is a float tensor (B, D) or (B, F, D), "
-                            "or an object with last_hidden_state")
+        raise BackboneError(f"it returns {_in_words(output)}; an embedding is a float tensor (B, D) or "
+                            "(B, F, D), or an object with last_hidden_state")
     return output, counts
 
 
@@ -613,9 +614,11 @@ def _check_wrap(module, sample_rate, frames, min_seconds):
     if isinstance(module, Backbone):
         raise BackboneError(f"{module.name or type(module).__name__} is a backbone already: use it as it is")
     if not isinstance(module, nn.Module):
-        raise BackboneError(f"wrap takes an nn.Module, got {_in_words(module)}: put functions into its forward()")
+        raise BackboneError(f"wrap takes an nn.Module, got {_in_words(module)}: "
+                            "put functions into its forward()")
     if isinstance(sample_rate, bool) or not isinstance(sample_rate, int) or sample_rate < 1:
-        raise BackboneError(f"sample_rate={sample_rate!r}: the rate in Hz of the waveforms that the module takes")
+        raise BackboneError(f"sample_rate={sample_rate!r}: "
+                            "the rate in Hz of the waveforms that the module takes")
     is_hop = isinstance(frames, int) and not isinstance(frames, bool) and frames >= 1
     if frames is not None and not is_hop and not callable(frames):
         raise BackboneError(f"frames={frames!r}: the samples from one vector to the next, or a function "
@@ -638,7 +641,7 @@ def all_trainable(backbone):
 
 # %% ../nbs/api/06_backbones.ipynb #bac00216
 def _tried(backbone, seconds):
-    """Vectors (1, F, D) for noise, after checking that they are finite and that gradients reach the weights."""
+    """Vectors (1, F, D) for noise; they are finite, and gradients reach the weights."""
     x, lengths = _noise(backbone, [seconds])
     with all_trainable(backbone), torch.enable_grad():
         with _one_line(backbone, x):
@@ -667,8 +670,8 @@ def _measured_dim(backbone, second):
     shorter = _tried(backbone, .61 * second)
     if shorter.shape[2] != dim:
         raise BackboneError(f"{backbone.name} returns vectors of {dim} numbers for {second} s and of "
-                            f"{shorter.shape[2]} for {.61 * second:.2f} s: the last axis must be the embedding, "
-                            "(B, F, D); transpose a (B, D, F)")
+                            f"{shorter.shape[2]} for {.61 * second:.2f} s: the last axis must be the "
+                            "embedding, (B, F, D); transpose a (B, D, F)")
     return dim
 
 # %% ../nbs/api/06_backbones.ipynb #bac00218
@@ -980,6 +983,9 @@ class LayeredBackbone(Backbone):
 
     def mix(self, hidden):
         """Weighted sum of the input and output of all layers: list of (B, F, D) -> (B, F, D)."""
+        if len(hidden) != len(self.mixture):
+            raise BackboneError(f"{self.name} gives {len(hidden)} hidden states for {len(self.blocks)} layers: "
+                                "layer='learned' is not possible")
         weights = self.mixture.softmax(0)
         weighted = [weight * h for weight, h in zip(weights, hidden)]
         return sum(weighted)
@@ -1293,9 +1299,6 @@ class HuggingFace(LayeredBackbone):
         if mixed:
             options["output_hidden_states"] = True
         output = self.model(*inputs, **options)
-        if mixed and len(output.hidden_states) != len(self.mixture):
-            raise BackboneError(f"{self.model.config.model_type} returns {len(output.hidden_states)} hidden states "
-                                f"for {len(self.blocks)} layers: layer='learned' is not possible")
         if mixed:
             return self.mix(output.hidden_states)
         h, _ = _unpacked(output)
@@ -1918,8 +1921,8 @@ def _build_saved(folder, config):
     try:
         _find_builder(name)
     except BackboneError:
-        raise BackboneError(f"{folder} was saved from {name}, which is not registered here: import what calls "
-                            f"register_backbone({name!r}), then load the folder") from None
+        raise BackboneError(f"{folder} was saved from {name}, which is not registered here: import what "
+                            f"calls register_backbone({name!r}), then load the folder") from None
     return load_backbone(name, pretrained=False, trainable=config["trainable"], **config["options"])
 
 # %% ../nbs/api/06_backbones.ipynb #bac00059c-2

@@ -344,7 +344,7 @@ def test_hugging_face_ignores_neighbours_and_padding(hub, family):
 
 @pytest.mark.parametrize("family", [*PADDED, *BY_LENGTH])
 def test_hugging_face_pads_where_padding_can_be_hidden(hub, family):
-    """Also while tuning; a call leaves nothing behind that would change the identity, and a copy is its own."""
+    """Also while tuning; a call does not change the identity, and a copy does not share its masks."""
     backbone = load_backbone(f"hf:{hub / family}")
     assert backbone.equal_lengths == (family in BY_LENGTH)
     before = fingerprint(backbone)

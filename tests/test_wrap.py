@@ -1,4 +1,4 @@
-"""wrap: any nn.Module as a backbone, right whatever it knows of padding, or one line that says what is wrong."""
+"""wrap: any nn.Module as a backbone, right whatever it knows of padding, or one line with what is wrong."""
 import copy
 import types
 
