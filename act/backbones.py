@@ -445,7 +445,7 @@ def load_backbone(name_or_folder, pretrained=True, trainable=None, **options):
 def _by_length(backbone, encode, x, lengths):
     """Encode a batch in groups of clips of equal length.
 
-    `encode(x, lengths)` returns vectors (b, F, D) and how many are real, (b,); so does this function for all B.
+    `encode(x, lengths)` returns vectors (b, F, D) and how many are real, (b,); so does this function, for all.
     """
     if x.is_meta:
         return encode(x, lengths)
@@ -507,8 +507,8 @@ def _choose_batching(backbone, seconds):
         backbone.equal_lengths = True
         if not _company_changes(backbone, seconds):
             return
-    raise BackboneError(f"{backbone.name} embeds a clip differently beside others: its embeddings depend on the "
-                        "batch, or on chance; normalise each clip on its own, and draw nothing in eval mode")
+    raise BackboneError(f"{backbone.name} embeds a clip differently beside others: its embeddings depend on "
+                        "the batch, or on chance; normalise each clip on its own, and draw nothing in eval mode")
 
 # %% ../nbs/api/06_backbones.ipynb #bac00206a
 @contextlib.contextmanager
@@ -984,7 +984,7 @@ class LayeredBackbone(Backbone):
     def mix(self, hidden):
         """Weighted sum of the input and output of all layers: list of (B, F, D) -> (B, F, D)."""
         if len(hidden) != len(self.mixture):
-            raise BackboneError(f"{self.name} gives {len(hidden)} hidden states for {len(self.blocks)} layers: "
+            raise BackboneError(f"{self.name} gives {len(hidden)} states for {len(self.blocks)} layers: "
                                 "layer='learned' is not possible")
         weights = self.mixture.softmax(0)
         weighted = [weight * h for weight, h in zip(weights, hidden)]
