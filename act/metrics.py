@@ -296,9 +296,16 @@ def _single_label_arguments(metric, y, scores, classes):
     ids, _ = class_ids(y, predicted)
     return ids
 
+# %% ../nbs/api/10_metrics.ipynb #met00060
+def _unknown(y):
+    """Which labels of multi-hot rows are unknown, that is NaN."""
+    if y.dtype.kind != "f":
+        return np.zeros(y.shape, bool)
+    return np.isnan(y)
+
 # %% ../nbs/api/10_metrics.ipynb #pro00211
 def _multi_label_arguments(metric, y, scores, classes):
-    """Multi-hot rows (N, K) as booleans, and scores (N, K)."""
+    """Multi-hot rows (N, K), as booleans or with NaN for unknown labels, and scores (N, K)."""
     y = _label_array(y, "labels")
     if y.ndim != 2:
         problem = f"{metric} takes multi-hot labels (N, K); got the shape {y.shape}"
@@ -306,7 +313,10 @@ def _multi_label_arguments(metric, y, scores, classes):
     if classes is not None:
         problem = f"{metric} takes multi-hot labels, whose columns are those of the scores"
         raise ProbeError(f"{problem}; leave out classes")
-    y = _checked_multi_hot(y, "labels")
+    unknown = _unknown(y)
+    y = _checked_multi_hot(np.where(unknown, 0, y) if unknown.any() else y, "labels")
+    if unknown.any():
+        y = np.where(unknown, np.nan, y)
     scores = _checked_scores(scores)
     if y.shape != scores.shape:
         raise ProbeError(f"labels {y.shape} and scores {scores.shape} must have the same shape")
@@ -330,7 +340,8 @@ _METRIC_SECTIONS = """
     Parameters
     ----------
     y : array (N,) or (N, K)
-        Classes, or multi-hot rows for the multi-label metrics.
+        Classes, or multi-hot rows for the multi-label metrics; there NaN marks a label that is not known,
+        and its clip is left out of the ranking of that label.
     scores : array (N, K) or (N,)
         A higher score means that the class is more likely. Single-label metrics except top5 also accept
         predicted classes (N,).
@@ -479,7 +490,12 @@ def _mean_over_labels(of_label, y, scores, weights):
     """Mean (R,) of a metric of one label over the labels for which it is defined."""
     values = []
     for label, label_scores in zip(y.T, scores.T):
-        value = of_label(label, label_scores, weights)
+        unknown = _unknown(label)
+        if unknown.any():
+            known = np.flatnonzero(~unknown)
+            value = of_label(label[known] == 1, label_scores[known], weights[known])
+        else:
+            value = of_label(label, label_scores, weights)
         values.append(value)
     return _mean_where_defined(np.stack(values))
 
@@ -509,13 +525,14 @@ _WEIGHTS_PER_BLOCK = 2 ** 24    # how many weights are in memory at a time
 def mAP_micro(y, scores, weights):
     """Average precision of all pairs of clip and label in one ranking."""
     _, labels = y.shape
-    pairs = y.ravel()
-    pair_scores = scores.ravel()
+    known = np.flatnonzero(~_unknown(y).ravel())
+    pairs = y.ravel()[known] == 1
+    pair_scores = scores.ravel()[known]
     step = max(1, _WEIGHTS_PER_BLOCK // y.size)
     values = []
     for start in range(0, weights.shape[1], step):
         block = weights[:, start:start + step]
-        pair_weights = block.repeat(labels, axis=0)    # (N K, R)
+        pair_weights = block[known // labels]    # (N K, R)
         value = _average_precision(pairs, pair_scores, pair_weights)
         values.append(value)
     return np.concatenate(values)
@@ -553,7 +570,8 @@ def d_prime(y, scores, weights):
 @_metric(_multi_label_arguments)
 def lrap(y, scores, weights):
     """Label-ranking average precision; a clip without labels counts 1, as in scikit-learn."""
-    relevant = y.astype(bool)
+    relevant = y == 1
+    scores = np.where(_unknown(y), -np.inf, scores)    # below all labels of the clip that are known
     relevant_scores = np.where(relevant, -scores, np.inf)
     hits = rankdata(relevant_scores, "max", axis=1)    # (N, K) rank among the labels of the clip
     ranked = rankdata(-scores, "max", axis=1)          # (N, K) rank among all labels

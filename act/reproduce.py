@@ -580,7 +580,7 @@ def task_hours(name):
     float
         NaN where the manifest has no size.
     """
-    whole = re.split("[:@]", name)[0]
+    whole = re.split("[:@#]", name)[0]
     base, _, kept = whole.partition("/")      # TASK/N keeps N classes
     listed = list_tasks()
     if base not in listed.index:
