@@ -565,6 +565,9 @@ def _in_words(output):
 # %% ../nbs/api/06_backbones.ipynb #bac00211
 class Wrapped(Backbone):
     """A plain module as a backbone; built by `wrap`, which describes the parameters."""
+    lr = 3e-4
+    batch = 64
+
     def __init__(self, module, sample_rate, frames=None, min_seconds=0.):
         super().__init__()
         self.module = module
@@ -709,7 +712,7 @@ def wrap(module, sample_rate, dim=None, name=None, frames=None, min_seconds=0.,
     Returns
     -------
     Wrapped
-        In eval mode.
+        In eval mode. Set its `lr` and `batch` if tuning should begin with others than 3e-4 and 64.
 
     Raises
     ------
@@ -1372,7 +1375,7 @@ class _PaddedFrames:
 # %% ../nbs/api/06_backbones.ipynb #bac00051h
 class HFWaveform(HuggingFace):
     """wav2vec 2.0, HuBERT, WavLM, data2vec, UniSpeech, SEW, ...: waveforms in, one vector per 20 ms out."""
-    transient = ("padding",)            # belongs to the last batch
+    transient = (*Backbone.transient, "padding")       # which belongs to the last batch
     equal_lengths = False
 
     def __init__(self, model, extractor, layer=None):
