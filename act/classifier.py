@@ -7,7 +7,6 @@ __all__ = ['PROBES', 'CLASSIFIER', 'FORMAT', 'ClassifierError', 'expected_calibr
            'AudioClassifier']
 
 # %% ../nbs/api/14_classifier.ipynb #clf00003
-import copy
 import json
 import os
 from collections import deque
@@ -522,9 +521,12 @@ def train(cls: AudioClassifier, task, backbone="speech-embedding", config=TuneCo
         If the task lacks clips or classes, or the encoder cannot be loaded or tuned.
     """
     task.require("train", "valid")
-    encoder = copy.deepcopy(backbone) if isinstance(backbone, Backbone) else load_backbone(backbone)
+    given = isinstance(backbone, Backbone)
+    encoder = backbone if given else load_backbone(backbone)
     if config is not None:
-        encoder = tune(encoder, task, config, progress=progress).backbone
+        tuned = tune(encoder, task, config, progress=progress, inplace=not given)
+        encoder = tuned.backbone
+        config = tuned.config
         max_seconds = max_seconds or config.max_seconds
     rows = task.indices("train")
     z = embed(encoder, task, progress=progress, max_seconds=max_seconds)

@@ -19,8 +19,8 @@ from contextlib import suppress
 from dataclasses import Field, dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
-from types import UnionType
-from typing import NamedTuple, NewType, Union, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Literal, NamedTuple, NewType, Union, get_args, get_origin
 
 from .core import ActError, Registry, full_path
 from .losses import CLASSIFICATION_LOSSES, CONTRASTIVE_LOSSES
@@ -295,11 +295,14 @@ def _check_mapping(key_kind, kind, key, value):
 
 
 def _check_field(field, key, value):
-    """A value for a field of a dataclass; None is accepted if it is the default."""
-    if value is None and field.default is None:
-        return None
+    """A value for a field of a dataclass; None is accepted if it is the default or among its types."""
     union = get_origin(field.type) in (Union, UnionType)
     kinds = get_args(field.type) if union else [field.type]
+    if value is None and (field.default is None or NoneType in kinds):
+        return None
+    for kind in kinds:
+        if get_origin(kind) is Literal and value in get_args(kind):
+            return value
     for kind in kinds:
         if kind in CHECKS:
             return check_value(kind, key, value)

@@ -26,6 +26,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import joblib
 import numpy as np
@@ -129,14 +130,22 @@ def _task(name):
     return _load_task(name, revision)
 
 
+class _Encoder(NamedTuple):
+    """What the identity of a run needs of an encoder."""
+    name: str
+    digest: str
+    lr: float
+    batch: int
+
+
 @lru_cache(maxsize=64)
-def _encoder_digest(name, revision, file_digests):
+def _known_encoder(name, revision, file_digests):
     backbone = load_backbone(name)
-    return fingerprint(backbone)
+    return _Encoder(name, fingerprint(backbone), backbone.lr, backbone.batch)
 
 # %% ../nbs/api/15_study.ipynb #stu00111
-def _encoder_identity(name):
-    """A hash of an encoder; the files of a saved encoder are read again when they change."""
+def _encoder(name):
+    """An encoder's hash and defaults of tuning; the files of a saved encoder are read again when they change."""
     folder = full_path(name)
     digests = []
     if folder.is_dir():
@@ -144,7 +153,7 @@ def _encoder_identity(name):
             if path.is_file():
                 digests.append(file_digest(path))
     revision = REGISTRIES["backbone"].revision
-    return _encoder_digest(name, revision, tuple(digests))
+    return _known_encoder(name, revision, tuple(digests))
 
 # %% ../nbs/api/15_study.ipynb #stu00012
 def _or_reason(function, argument):
@@ -158,6 +167,18 @@ def _or_reason(function, argument):
 def _task_identity(name):
     task = _task(name)
     return task.digest
+
+
+def _encoder_identity(name):
+    return _encoder(name).digest
+
+
+def _settings(run):
+    """The settings that the encoder and the method choose for a run; none if the encoder is frozen."""
+    if run.config is None:
+        return {}
+    chosen = run.config.for_backbone(_encoder(run.backbone))
+    return {name: value for name, value in vars(chosen).items() if value != getattr(run.config, name)}
 
 
 def _code_of_parts(run):
@@ -187,6 +208,7 @@ def run_identity(run):
     code = [code_of("act.study"), _or_reason(_code_of_parts, run)]
     return identity(
         run=asdict(run),
+        settings=_or_reason(_settings, run),
         task=_or_reason(_task_identity, run.task),
         encoder=_or_reason(_encoder_identity, run.backbone),
         code=code,
@@ -434,7 +456,7 @@ def _tuned_embedding(run, task, folder, progress):
     losses = []
     max_seconds = None
     if config is not None:
-        log = tune(backbone, task, config, folder=folder, progress=progress).log
+        log = tune(backbone, task, config, folder=folder, progress=progress, inplace=True).log
         losses = log.groupby("epoch").loss.mean().round(6).tolist()
         max_seconds = config.max_seconds
     _require_space(4 * len(task) * backbone.dim)        # float32

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile as sf
+from forked import run_code
 
 from act import cli, reproduce
 from act.core import ActError
@@ -493,9 +494,9 @@ def test_a_cache_that_may_only_be_read_is_read(tmp_path_factory, audio):
         (root / "mirror" / "toy.txt").write_text("bark")
         (root / "data_manifest.yaml").write_text(TOY)
         own = dict(ACT_CACHE=root / "cache", ACT_MIRROR=root / "mirror", ACT_MANIFEST=root / "data_manifest.yaml", HOME=root)
-        env = {**os.environ, **{name: str(path) for name, path in own.items()}}
+        env = {name: str(path) for name, path in own.items()}
 
-        def read(how): return subprocess.run([sys.executable, "-c", READ, root / "data", how], capture_output=True, text=True, env=env)
+        def read(how): return run_code(READ, root / "data", how, env=env)
 
         written = read("write")
         (root / "data_manifest.lock.yaml").unlink()                   # as in another checkout

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from forked import run_act
 
 from act import cli
 
@@ -24,7 +25,7 @@ EVERY = dict(profile="every", seeds=2, jobs=2, table_1=dict(tasks=["words-4", "w
 
 def act(*words, **env):
     """Run the command line; returns the finished process."""
-    return subprocess.run([ACT, *map(str, words)], capture_output=True, text=True, env={**os.environ, **env})
+    return run_act(*words, env=env)
 
 
 @pytest.fixture

@@ -305,13 +305,12 @@ def test_results_leave_a_checkout_clean_and_code_does_not(repo, tmp_path):
     clone = tmp_path / "act"
     subprocess.run(["git", "clone", "-q", repo, clone], check=True)
     env = {**os.environ, "PYTHONPATH": str(clone)}
-    command = [sys.executable, "-c", "from act.study import provenance; print(provenance()['clean'])"]
-
-    def clean():
-        process = subprocess.run(command, cwd=clone, env=env, capture_output=True, text=True, check=True)
-        return process.stdout.strip()
-
-    (clone / "results/small/claims.md").write_text("other results")
-    assert clean() == "True"
-    (clone / "setup.py").write_text("other code")
-    assert clean() == "False"
+    code = """
+from pathlib import Path
+from act.study import provenance
+for changed in ("results/small/claims.md", "setup.py"):
+    Path(changed).write_text("other")
+    print(provenance.__wrapped__()["clean"])          # without what it remembers
+"""
+    process = subprocess.run([sys.executable, "-c", code], cwd=clone, env=env, capture_output=True, text=True, check=True)
+    assert process.stdout.split() == ["True", "False"]

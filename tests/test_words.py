@@ -22,7 +22,7 @@ print(hashlib.sha256(b"".join(sounds[k] for k in sorted(sounds))).hexdigest())
 
 def test_fresh_processes_in_any_order_render_the_same_bytes():
     digests = set()
-    for i in range(3):
+    for i in range(2):
         command = [sys.executable, "-c", RENDER, str(i)]
         env = {**os.environ, "PYTHONHASHSEED": str(i)}
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
