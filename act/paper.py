@@ -1059,7 +1059,9 @@ class Claim:
     rows : callable
         Function of the comparisons of all tables (dict of table to comparisons) and of the tables derived
         from them (dict of name to DataFrame). It returns a DataFrame with the columns
-        ``task, backbone, measure, compared, value, low, high``; no rows if the claim was not measured.
+        ``task, backbone, measure, compared, value, low, high`` and, where they are known, ``p``, the standard
+        ``error``, its degrees of freedom ``df`` and a ``note``; no rows if the claim was not measured. The
+        rows of one task and encoder must have one unit, as their mean is taken.
     """
     text: str
     statistic: str
