@@ -369,8 +369,8 @@ def checksum(name):
     Returns
     -------
     str
-        64 hex digits: the manifest's content digest, or the one locked at the first fetch. Where the sources of
-        an entry hold different content, it is that of the source that was fetched.
+        64 hex digits: the manifest's content digest, or the one locked at the first fetch. Where the sources
+        of an entry hold different content, it is that of the source that was fetched.
 
     Raises
     ------

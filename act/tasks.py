@@ -329,7 +329,7 @@ def shared_groups(self: Task):
 # %% ../nbs/api/03_tasks.ipynb #tas00213
 @patch(as_prop=True)
 def targets(self: Task):
-    """The labels, with NaN for each that is not known: for losses and metrics, which leave those entries out."""
+    """The labels, with NaN for each that is not known; losses and metrics leave those entries out."""
     if self.known is None:
         return self.labels
     return self.labels.masked_fill(~self.known, torch.nan)
@@ -528,7 +528,8 @@ def register_task(pattern, name=None, entry=None, folds=(), **facts):
     entry : str, optional
         The manifest entry that the task's files come from.
     folds : sequence, optional
-        The official folds: the loader must take each as NAME@FOLD, with that fold as the test. See `task_folds`.
+        The official folds: the loader must take each as NAME@FOLD, with that fold as the test; see
+        `task_folds`.
     **facts
         What `list_tasks` shows where it differs from the entry: title, labels, classes, clips, licence.
 
@@ -568,9 +569,9 @@ def load_task(name):
     Parameters
     ----------
     name : str
-        Such as "asc40-mini" or "words-64". Behind it may stand, in this order, the official fold that is the test
-        ("esc10@2"), a number of classes with the draw that chooses them ("asc40-mini/10#1"), and a number of
-        labelled clips of each class ("asc40-mini:5"): "esc10@2/5#1:8".
+        Such as "asc40-mini" or "words-64". Behind it may stand, in this order, the official fold that is the
+        test ("esc10@2"), a number of classes with the draw that chooses them ("asc40-mini/10#1"), and a number
+        of labelled clips of each class ("asc40-mini:5"): "esc10@2/5#1:8".
 
     Returns
     -------
@@ -1009,7 +1010,7 @@ SPEECHOCEAN_RATE = 16000    # Hz
 
 
 def _loudest_second(x):
-    """The first start, in samples, of the second with the most energy in a waveform (T,) of 16-bit samples."""
+    """The first start, in samples, of the second with most energy in a waveform (T,) of 16-bit samples."""
     whole = np.rint(x * 2. ** 15).astype(np.int64)      # integers, so that equal sums are equal
     energy = np.cumsum(np.square(whole))
     energy = np.concatenate([[0], energy])
@@ -1018,7 +1019,7 @@ def _loudest_second(x):
 
 # %% ../nbs/api/03_tasks.ipynb #tas00198
 def _speechocean_cut(folder):
-    """Files, speakers and sides of the mini task, and where the loudest second of each begins, a DataFrame."""
+    """Files, speakers and sides of the mini task, and where each loudest second begins, a DataFrame."""
     rows = _split_by_lot(_speechocean_lists(folder))
     is_kept = rows["place"] < rows["split"].map(SPEECHOCEAN_MINI)
     rows = rows[is_kept].reset_index(drop=True)
@@ -2353,7 +2354,7 @@ def csv_task(
 
 # %% ../nbs/api/03_tasks.ipynb #tas99902
 def _single_label(name, wanted, refused):
-    """A single-label task by name; `wanted` is the whole name, and `refused` the patterns of its last parts."""
+    """A single-label task by name; `wanted` is the whole name, `refused` the patterns it may not match."""
     pattern, _, _ = _registered(name)
     if pattern in refused:
         raise TaskError(f"{wanted}: write {FORM}, each part once and in this order")
