@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['SUFFIXES', 'FFMPEG_SUFFIXES', 'MIN_RATE', 'MAX_RATE', 'MAX_PER_BYTE', 'BLOCK', 'QUALITY', 'TOGETHER', 'MIX_LEVEL',
            'CLIPS_PER_JOB', 'SHORT', 'AudioError', 'decodable', 'resample', 'read_audio', 'audio_info', 'check_audio',
-           'collate', 'Clip', 'Mixture', 'WaveCache']
+           'collate', 'Clip', 'Mixture', 'WaveCache', 'seekable', 'data_url', 'sound_address']
 
 # %% ../nbs/api/02_audio.ipynb #aud00003
+import base64
 import contextlib
 import functools
+import io
 import itertools
 import json
 import math
@@ -820,3 +822,47 @@ class WaveCache:
             x = self.stretch(int(i), int(start), int(count))
             stretches.append(x)
         return collate(stretches)
+
+# %% ../nbs/api/02_audio.ipynb #aud00041
+def seekable(path):
+    """Whether a stretch of a file is read without decoding what comes before it.
+
+    Parameters
+    ----------
+    path : path-like
+
+    Returns
+    -------
+    bool
+
+    Raises
+    ------
+    AudioError
+        If the file cannot be opened.
+    """
+    path = full_path(path)
+    if path.suffix.lower() in FFMPEG_SUFFIXES:
+        return False
+    with _named(path), _open(path) as f:
+        return not isinstance(f, _Streamed)
+
+# %% ../nbs/api/02_audio.ipynb #aud00042
+def data_url(data, kind):
+    """Bytes of a media type, such as ``"image/png"``, as a data URL; a str."""
+    encoded = base64.b64encode(data).decode()
+    return f"data:{kind};base64,{encoded}"
+
+
+def sound_address(x, sample_rate):
+    """A waveform (T,) at `sample_rate` Hz as the data URL of an MP3, its peak at 0.95 of full scale."""
+    peak = max(float(x.abs().max()), 1e-9)
+    file = io.BytesIO()
+    sf.write(
+        file,
+        .95 * (x.numpy() / peak),
+        sample_rate,
+        format="MP3",
+        subtype="MPEG_LAYER_III",
+        compression_level=.8,
+    )
+    return data_url(file.getvalue(), "audio/mpeg")

@@ -4,15 +4,24 @@
 
 # %% auto #0
 __all__ = ['PROBES', 'CLASSIFIER', 'FORMAT', 'ClassifierError', 'expected_calibration_error', 'Calibration', 'audio_files',
-           'AudioClassifier']
+           'stream_embeddings', 'AudioClassifier', 'open_task', 'drawn_folds', 'cross_validate', 'check_windows',
+           'Explanation', 'EmbeddingWriter']
 
 # %% ../nbs/api/14_classifier.ipynb #clf00003
+import html
 import json
+import math
 import os
+import re
+import shutil
+import sys
+import tempfile
+import zipfile
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import joblib
 import numpy as np
@@ -24,16 +33,18 @@ from safetensors import SafetensorError
 from scipy.optimize import minimize_scalar
 from scipy.special import expit, log_softmax
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import precision_recall_curve
+from sklearn.metrics import average_precision_score, confusion_matrix, precision_recall_curve
 
-from .audio import collate, decodable, read_audio, resample
+from .audio import (Clip, audio_info, collate, read_audio, resample, seekable,
+                       sound_address)
 from .backbones import CONFIG, Backbone, load_backbone
-from .core import ActError, file_digest, full_path
+from .core import ActError, file_digest, full_path, import_extra, replacing
 from .embeddings import default_fabric, default_max_samples, embed, frozen_embeddings
 from .metrics import METRICS
 from .probes import (MULTI_LABEL_METRICS, PENALTIES, SINGLE_LABEL_METRICS, KNNProbe, LinearProbe,
                         dual_probe, nearest)
-from .tasks import _files_below
+from .tasks import (AUDIO_SUFFIXES, SPLITS, Task, _files_below, _Listing, _task_of, csv_task, folder_task,
+                       load_task, split_groups)
 from .tuning import TuneConfig, tune
 
 # %% ../nbs/api/14_classifier.ipynb #clf00005
@@ -176,7 +187,7 @@ def audio_files(folder):
     Returns
     -------
     list of Path
-        Sorted; hidden files are left out and linked folders followed, as by `act.tasks.folder_task`.
+        Sorted; those that cannot be decoded here too, so that they are named when they are read. Hidden files are left out and linked folders followed, as by `act.tasks.folder_task`.
 
     Raises
     ------
@@ -184,7 +195,7 @@ def audio_files(folder):
         If there are none, or a folder cannot be read.
     """
     folder = full_path(folder)
-    paths = [path for _, path in _files_below(folder) if decodable(path)]
+    paths = [path for _, path in _files_below(folder) if path.suffix.lower() in AUDIO_SUFFIXES]
     if not paths:
         raise ClassifierError(f"{folder}: holds no recordings")
     return sorted(paths)
@@ -303,6 +314,180 @@ class _Waveforms:
             stretches.append(x[int(start):int(start + count)])
         return collate(stretches)
 
+# %% ../nbs/api/14_classifier.ipynb #clf00101
+class _Encoder:
+    """An encoder on its device, and how much it encodes at once."""
+
+    def __init__(self, backbone, max_seconds=None):
+        self.backbone = backbone.eval()
+        self.max_seconds = max_seconds
+        self.device = default_fabric().device
+        self.backbone.to(self.device)
+        self.max_samples = default_max_samples(backbone, self.device)
+
+    def embed(self, waveforms):
+        """Embeddings (N, D) of waveforms at the sample rate of the encoder."""
+        z = frozen_embeddings(
+            self.backbone,
+            _Waveforms(waveforms),
+            np.arange(len(waveforms)),
+            batch=len(waveforms),
+            device=self.device,
+            max_samples=self.max_samples,
+            max_seconds=self.max_seconds,
+        )
+        return z.cpu()
+
+# %% ../nbs/api/14_classifier.ipynb #clf00102
+def _batch_outcomes(encoder, waveforms, names):
+    """Embedding (D,) of each waveform, or an error that names it."""
+    try:
+        z = encoder.embed(waveforms)
+        if z.isfinite().all():
+            return list(z)
+        error = ClassifierError("the embedding is not finite")
+    except ActError as failure:
+        error = failure
+    if len(waveforms) == 1:
+        return [_named_error(error, names[0])]
+    outcomes = []
+    for x, name in zip(waveforms, names):           # one clip is at fault: find it
+        outcomes += _batch_outcomes(encoder, [x], [name])
+    return outcomes
+
+
+def _embedded_batches(encoder, clips, sample_rate, batch):
+    """Lists of pairs of a clip and its embedding (D,) or error, in order."""
+    outcomes = _read_ahead(clips, sample_rate, encoder.backbone.sample_rate)
+    position = 0
+    for group in _in_batches(outcomes, batch, encoder.max_samples):
+        waveforms = []
+        names = []
+        for i, (clip, outcome) in enumerate(group, start=position):
+            if torch.is_tensor(outcome):
+                waveforms.append(outcome)
+                names.append(_name_of(clip, i))
+        embedded = iter(_batch_outcomes(encoder, waveforms, names) if waveforms else [])
+        yield [(clip, next(embedded) if torch.is_tensor(outcome) else outcome) for clip, outcome in group]
+        position += len(group)
+
+# %% ../nbs/api/14_classifier.ipynb #clf00103
+def stream_embeddings(backbone, clips, sample_rate=None, batch=64, max_seconds=None):
+    """Embed any number of recordings in bounded memory.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        The encoder; it is put into evaluation mode.
+    clips : iterable
+        Paths, clips of a task, or waveforms (T,).
+    sample_rate : int, optional
+        Of the waveforms, in Hz.
+    batch : int
+        Clips that are encoded together, at most.
+    max_seconds : float, optional
+        The embedding of a longer clip is the mean over windows of at most this length.
+
+    Yields
+    ------
+    clip
+        As it was given.
+    Tensor (D,) or ClassifierError
+        float32; or why the clip has no embedding.
+    """
+    encoder = _Encoder(backbone, max_seconds)
+    for group in _embedded_batches(encoder, clips, sample_rate, batch):
+        yield from group
+
+# %% ../nbs/api/14_classifier.ipynb #clf00106
+@dataclass(frozen=True)
+class _InFile:
+    """A stretch of a file of which windows are read one at a time."""
+    path: Path
+    sample_rate: int        # of the file, in Hz
+    start: float            # of the stretch, in seconds
+    samples: int
+
+    def cut(self, first, count, wanted_rate):
+        """So many samples from the first one on, at the wanted rate."""
+        start = self.start + first / self.sample_rate
+        return read_audio(self.path, wanted_rate, start, count / self.sample_rate)
+
+
+@dataclass(frozen=True, eq=False)
+class _InMemory:
+    """A waveform (T,) of which windows are taken."""
+    x: torch.Tensor
+    sample_rate: int
+
+    @property
+    def samples(self):
+        """How many there are."""
+        return len(self.x)
+
+    def cut(self, first, count, wanted_rate):
+        """So many samples from the first one on, at the wanted rate."""
+        return resample(self.x[first:first + count], self.sample_rate, wanted_rate)
+
+# %% ../nbs/api/14_classifier.ipynb #clf00107
+@dataclass(frozen=True)
+class _Window:
+    """A window of a recording, a clip like others."""
+    recording: object
+    name: str
+    first: int
+    count: int
+    threadsafe = True
+
+    @property
+    def start(self):
+        """Where it begins, in seconds."""
+        return self.first / self.recording.sample_rate
+
+    @property
+    def end(self):
+        """Where it ends, in seconds."""
+        return (self.first + self.count) / self.recording.sample_rate
+
+    @property
+    def key(self):
+        """What an error message calls it."""
+        return f"{self.name} at {self.start:.6g} s"
+
+    def load(self, sample_rate):
+        """The waveform at `sample_rate` Hz, a Tensor (T,)."""
+        return self.recording.cut(self.first, self.count, sample_rate)
+
+# %% ../nbs/api/14_classifier.ipynb #clf00108
+def _recording(clip, sample_rate, wanted_rate):
+    """What windows are cut from: a file where it allows, otherwise the whole waveform."""
+    start = 0.
+    seconds = math.inf
+    if type(clip) is Clip:
+        start = clip.start
+        seconds = math.inf if clip.seconds is None else clip.seconds
+        clip = clip.path
+    if not _is_path(clip):
+        return _InMemory(_waveform(clip, sample_rate, wanted_rate), wanted_rate)
+    path = full_path(clip)
+    if not seekable(path):
+        x = read_audio(path, wanted_rate, start, None if seconds == math.inf else seconds)
+        return _InMemory(x, wanted_rate)
+    file_rate, duration = audio_info(path)
+    samples = round(min(duration - start, seconds) * file_rate)
+    return _InFile(path, file_rate, start, samples)
+
+
+def _windows(recording, name, seconds, hop):
+    """The windows of a recording, one at a time; a shorter recording is one window."""
+    size = max(1, round(seconds * recording.sample_rate))
+    step = max(1, round(hop * recording.sample_rate))
+    count = min(size, recording.samples)
+    last = recording.samples - count
+    for first in range(0, last, step):
+        yield _Window(recording, name, first, count)
+    yield _Window(recording, name, last, count)
+
 # %% ../nbs/api/14_classifier.ipynb #clf00023
 class AudioClassifier:
     """An encoder with a linear probe, a k-NN bank and calibrated probabilities.
@@ -321,6 +506,8 @@ class AudioClassifier:
         The K names that the columns of probabilities belong to.
     clips : tuple of str
         The key of each clip of the bank.
+    recordings : dict of str to clip
+        The clips of the bank by key, which `explain` plays; empty for a classifier that was loaded.
     calibration : Calibration
     max_seconds : float or None
         A longer clip is embedded as the mean over windows of this length.
@@ -328,6 +515,10 @@ class AudioClassifier:
         Sections of the model card.
     dual : DualProbe or None
         Test scores of both probes; None for a classifier that was loaded, or trained without test clips.
+    config : TuneConfig or None
+        How the encoder was tuned; None for a frozen one, and for a classifier that was loaded.
+    trials : DataFrame or None
+        The settings that training chose from, with their validation scores; None for a classifier that was loaded.
     """
     def __init__(self, backbone, linear, knn, classes, clips, calibration,
                  max_seconds=None, card=None, dual=None):
@@ -340,6 +531,9 @@ class AudioClassifier:
         self.max_seconds = max_seconds
         self.card = card or {}
         self.dual = dual
+        self.recordings = {}
+        self.config = None
+        self.trials = None
 
     @property
     def multilabel(self):
@@ -351,14 +545,8 @@ class AudioClassifier:
         return f"AudioClassifier({self.backbone.name}, {len(self.classes)} {kind}, {len(self.clips)} clips)"
 
     @cached_property
-    def _device(self):
-        device = default_fabric().device
-        self.backbone.to(device)
-        return device
-
-    @cached_property
-    def _max_samples(self):
-        return default_max_samples(self.backbone, self._device)
+    def _encoder(self):
+        return _Encoder(self.backbone, self.max_seconds)
 
 # %% ../nbs/api/14_classifier.ipynb #clf00024
 @patch
@@ -375,22 +563,106 @@ def _probabilities(self: AudioClassifier, z):
     """Calibrated probabilities (N, K) of embeddings (N, D)."""
     return self.calibration.probabilities(self._logits(z), self.multilabel)
 
+# %% ../nbs/api/14_classifier.ipynb #clf00110
+def open_task(where):
+    """The task of a folder with a class in each sub-folder, of a table of labels, or of a name.
 
-@patch
-def _embed(self: AudioClassifier, waveforms):
-    """Embeddings (N, D) of waveforms at the sample rate of the encoder."""
-    waves = _Waveforms(waveforms)
-    rows = np.arange(len(waveforms))
-    z = frozen_embeddings(
-        self.backbone,
-        waves,
-        rows,
-        batch=len(rows),
-        device=self._device,
-        max_samples=self._max_samples,
-        max_seconds=self.max_seconds,
+    Parameters
+    ----------
+    where : path-like
+        A folder, a ``.csv`` or ``.tsv`` file, or a name for `act.tasks.load_task`.
+
+    Returns
+    -------
+    Task
+
+    Raises
+    ------
+    ActError
+        If it is none of these, or the recordings cannot be used.
+    """
+    path = full_path(where)
+    if path.is_dir():
+        return folder_task(path)
+    if path.is_file() or path.suffix.lower() in (".csv", ".tsv"):
+        return csv_task(path)
+    try:
+        return load_task(str(where))
+    except ActError as error:
+        raise ClassifierError(f"{where} is neither a folder nor a .csv here, and as a task: {error}") from None
+
+# %% ../nbs/api/14_classifier.ipynb #clf00111
+def _names_of(label):
+    """A label as text, or the labels of a clip as a list of texts; blank if there is none."""
+    if isinstance(label, (list, tuple, set, frozenset)):
+        return sorted(_names_of(name) for name in label)
+    is_missing = label is None or label != label
+    return "" if is_missing else str(label).strip()
+
+
+def _text_labels(labels):
+    """Labels of clips as names, or lists of names; the columns of multi-hot rows are named by their number."""
+    if isinstance(labels, torch.Tensor):
+        labels = labels.detach().cpu().numpy()
+    if isinstance(labels, np.ndarray) and labels.ndim == 2:
+        return [[str(column) for column in np.flatnonzero(row)] for row in labels]
+    values = labels.tolist() if hasattr(labels, "tolist") else list(labels)
+    return [_names_of(label) for label in values]
+
+# %% ../nbs/api/14_classifier.ipynb #clf00112
+def _task_of_files(paths, labels, groups):
+    """A task of recordings in files; all of them are checked."""
+    paths = [full_path(path) for path in paths]
+    above = os.path.commonpath([path.absolute().parent for path in paths])
+    names = [path.absolute().relative_to(above).as_posix() for path in paths]
+    listing = _Listing(
+        name=Path(above).name or "recordings",
+        names=names,
+        paths=paths,
+        labels=_text_labels(labels),
+        groups=None if groups is None else [_names_of(group) for group in groups],
     )
-    return z.cpu()
+    return _task_of(listing, SPLITS, licence=None)
+
+
+def _check_counts(clips, labels, groups):
+    """Require clips, and as many labels and groups."""
+    if not clips:
+        raise ClassifierError("there are no clips to train on")
+    if labels is None:
+        raise ClassifierError("give the labels of the clips, labels=[...], or a task")
+    for name, values in dict(labels=labels, groups=groups).items():
+        if values is not None and len(values) != len(clips):
+            raise ClassifierError(f"{len(clips)} clips but {len(values)} {name}")
+
+# %% ../nbs/api/14_classifier.ipynb #clf00113
+def _task_of_clips(clips, labels, sample_rate, groups):
+    """A task of paths, or of waveforms."""
+    clips = list(clips)
+    _check_counts(clips, labels, groups)
+    are_paths = [_is_path(clip) for clip in clips]
+    if all(are_paths):
+        return _task_of_files(clips, labels, groups)
+    if any(are_paths):
+        raise ClassifierError(f"clip {are_paths.index(False)} is not a path as others are: give paths or waveforms")
+    if sample_rate is None:
+        raise ClassifierError("waveforms need their sample rate: give sample_rate=, such as 16000")
+    return Task.from_arrays(clips, labels, sample_rate, groups=groups)
+
+
+def _task_to_train(data, labels, sample_rate, groups):
+    """The task that was given, or that follows from what was given."""
+    is_task = isinstance(data, Task)
+    if not is_task and not _is_path(data):
+        try:
+            return _task_of_clips(data, labels, sample_rate, groups)
+        except TypeError:
+            raise ClassifierError(f"a {type(data).__name__} is nothing to train on: give a task, "
+                                  "or clips with labels") from None
+    if labels is not None or groups is not None:
+        raise ClassifierError("a task has its labels and groups: leave out labels= and groups=, "
+                              "and name the encoder by backbone=")
+    return data if is_task else open_task(data)
 
 # %% ../nbs/api/14_classifier.ipynb #clf00026
 def _targets(task, rows, classes):
@@ -470,9 +742,60 @@ def _calibrated(classifier, embedded):
         errors.append(expected_calibration_error(y, p))
     return Calibration(calibration.slope, calibration.intercept, calibration.thresholds, *errors, measured_on)
 
+# %% ../nbs/api/14_classifier.ipynb #clf00121
+MOST_CLASSES = 30       # of a confusion matrix in the card
+MOST_PAIRS = 20         # of confused classes that the card lists
+
+
+def _markdown(frame):
+    """A table in Markdown, in which names may hold vertical bars."""
+    frame = frame.rename(index=_escaped, columns=_escaped).map(_escaped)
+    return frame.to_markdown(floatfmt=".3g")
+
+
+def _escaped(value):
+    """Text with its vertical bars escaped."""
+    return value.replace("|", r"\|") if isinstance(value, str) else value
+
+
+def _confused_pairs(counts, classes):
+    """The pairs of classes that are confused most, for counts (K, K) of true and predicted classes."""
+    rows = []
+    for true, predicted in zip(*np.nonzero(counts)):
+        if true != predicted:
+            clips = int(counts[true, predicted])
+            share = clips / counts[true].sum()
+            rows.append((classes[true], classes[predicted], clips, share))
+    rows.sort(key=lambda row: (-row[2], -row[3], row[:2]))
+    frame = pd.DataFrame(rows[:MOST_PAIRS], columns=["class", "taken for", "clips", "share of the class"])
+    return frame.set_index("class")
+
+# %% ../nbs/api/14_classifier.ipynb #clf00122
+def _confusion(y, predicted, classes):
+    """Title and table of the confusion of columns (N,), true and predicted."""
+    known = y >= 0
+    columns = np.arange(len(classes))
+    counts = confusion_matrix(y[known], predicted[known], labels=columns)
+    if len(classes) > MOST_CLASSES:
+        pairs = _confused_pairs(counts, classes)
+        return "Most confused classes", _markdown(pairs) if len(pairs) else "No class is confused with another."
+    frame = pd.DataFrame(counts, index=classes, columns=classes).rename_axis("true \\ predicted")
+    return "Confusion matrix", _markdown(frame)
+
+
+def _label_scores(y, p, classes, thresholds):
+    """Title and table of each label: average precision, threshold, and clips that have it."""
+    rows = []
+    for column, threshold in enumerate(thresholds):
+        positives = int(y[:, column].sum())
+        precision = average_precision_score(y[:, column], p[:, column]) if positives else float("nan")
+        rows.append((precision, threshold, positives))
+    columns = ["average precision", "threshold", "clips"]
+    return "Labels", _markdown(pd.DataFrame(rows, index=classes, columns=columns).rename_axis("label"))
+
 # %% ../nbs/api/14_classifier.ipynb #clf00029
-def _sections(task, config, calibration, dual):
-    """The sections of the model card."""
+def _sections(task, config, calibration, dual, mistakes, trials):
+    """The sections of the model card; all of them are text, so that they can be saved."""
     kind = "several labels per clip" if task.multilabel else "one label per clip"
     sides = [f"{len(task.indices(side))} {side}" for side in ("train", "valid", "test")]
     facts = dict(name=task.name, clips=f"{len(task)} ({', '.join(sides)})", classes=", ".join(task.classes),
@@ -482,28 +805,141 @@ def _sections(task, config, calibration, dual):
     sections = {"Task": facts}
     if dual is not None:
         sections["Scores"] = dual._repr_markdown_()
+    sections.update(mistakes)
     sections["Calibration"] = {"fitted on": "valid", "method": method,
                                f"expected calibration error ({calibration.measured_on})": error}
     tuning = "none; the encoder is frozen"
     if config is not None:
         tuning = {name: str(value) for name, value in vars(config).items()}
     sections["Tuning"] = tuning
+    if len(trials) > 1:
+        sections["Trials"] = _markdown(trials)
     return sections
+
+# %% ../nbs/api/14_classifier.ipynb #clf00124
+def _mistakes(classifier, embedded):
+    """The section of the model card about the clips that the calibration was measured on."""
+    side = classifier.calibration.measured_on
+    z, y = embedded.side(side)
+    p = classifier._probabilities(z)
+    if classifier.multilabel:
+        title, table = _label_scores(y, p, classifier.classes, classifier.calibration.thresholds)
+    else:
+        title, table = _confusion(y, p.argmax(1), classifier.classes)
+    return {f"{title} ({side} clips, linear probe)": table}
+
+# %% ../nbs/api/14_classifier.ipynb #clf00126
+FROZEN = "frozen"       # the method that tunes nothing
+
+
+def _settings_to_try(method, config):
+    """The settings of each trial; None for a frozen encoder."""
+    if method == FROZEN:
+        if config is not None:
+            raise ClassifierError("method='frozen' tunes nothing: leave out config=")
+        return [None]
+    if config is None:
+        return [TuneConfig(method=method or "contrastive")]
+    configs = [config] if isinstance(config, TuneConfig) else list(config)
+    if not configs:
+        raise ClassifierError("config=[]: give at least one TuneConfig")
+    for each in configs:
+        if not isinstance(each, TuneConfig):
+            raise ClassifierError(f"config={each!r}: give a TuneConfig or a list of them; "
+                                  "method='frozen' leaves the encoder as it is")
+        if method not in (None, each.method):
+            raise ClassifierError(f"method={method!r} but the config says {each.method!r}: give one of them")
+    return configs
+
+# %% ../nbs/api/14_classifier.ipynb #clf00127
+@dataclass
+class _Candidate:
+    """A classifier before its calibration."""
+    classifier: object
+    embedded: _Embedded
+    config: TuneConfig | None
+    score: float                # mean of both probes on validation clips
+
+
+def _candidate(cls, task, backbone, config, probe_settings, max_seconds, progress):
+    """Tune a copy of the encoder and fit both probes."""
+    given = isinstance(backbone, Backbone)
+    encoder = backbone if given else load_backbone(backbone)
+    if config is not None:
+        tuned = tune(encoder, task, config, progress=progress, inplace=not given)
+        encoder = tuned.backbone
+        config = tuned.config
+        max_seconds = max_seconds or config.max_seconds
+    rows = task.indices("train")
+    z = embed(encoder, task, progress=progress, max_seconds=max_seconds)
+    embedded = _Embedded(task, z, _trained_classes(task, rows))
+    linear, knn = _fitted_probes(embedded, *probe_settings)
+    keys = [getattr(task.clips[i], "key", str(i)) for i in rows]
+    classifier = cls(encoder, linear, knn, embedded.classes, keys, Calibration(), max_seconds)
+    classifier.recordings = dict(zip(keys, [task.clips[i] for i in rows]))
+    valid = embedded.side("valid")
+    score = (linear.score(*valid) + knn.score(*valid)) / 2
+    return _Candidate(classifier, embedded, config, float(score))
+
+# %% ../nbs/api/14_classifier.ipynb #clf00128
+def _differing(configs):
+    """The settings in which some configurations differ, a dict of str to their values."""
+    names = vars(configs[0])
+    values = {name: [getattr(config, name) for config in configs] for name in names}
+    return {name: column for name, column in values.items() if any(value != column[0] for value in column)}
+
+
+def _trial_table(configs, scores):
+    """One row for each trial: what it differs in, and its validation score."""
+    columns = {}
+    if len(configs) > 1:
+        columns = {name: [str(value) for value in column] for name, column in _differing(configs).items()}
+    return pd.DataFrame({**columns, "validation score": scores}).rename_axis("trial")
+
+# %% ../nbs/api/14_classifier.ipynb #clf00129
+def _finished(candidate, trials):
+    """The calibrated classifier of a candidate, with its test scores and its card."""
+    classifier = candidate.classifier
+    embedded = candidate.embedded
+    classifier.config = candidate.config
+    classifier.trials = trials
+    classifier.calibration = _calibrated(classifier, embedded)
+    classifier.dual = embedded.dual()
+    classifier.card = _sections(
+        embedded.task,
+        candidate.config,
+        classifier.calibration,
+        classifier.dual,
+        _mistakes(classifier, embedded),
+        trials,
+    )
+    return classifier
 
 # %% ../nbs/api/14_classifier.ipynb #clf00030
 @patch(cls_method=True)
-def train(cls: AudioClassifier, task, backbone="speech-embedding", config=TuneConfig(), k=20, temperature=.07,
+def train(cls: AudioClassifier, data, labels=None, sample_rate=None, groups=None,
+          backbone="speech-embedding", method=None, config=None, k=20, temperature=.07,
           max_seconds=None, progress=True):
     """Train a classifier.
 
     Parameters
     ----------
-    task : Task
-        Single- or multi-label, with training and validation clips; test clips are scored where there are any.
+    data : Task, path-like, or list of clips
+        A task, single- or multi-label, with training and validation clips; test clips are scored where there
+        are any. Or what `open_task` opens. Or paths of recordings or waveforms (T,), with `labels`.
+    labels : sequence, optional
+        Of each clip: its class, or the list of its labels.
+    sample_rate : int, optional
+        Of waveforms, in Hz.
+    groups : sequence of str, optional
+        What must stay on one side of the split, such as the speaker of each clip.
     backbone : str or Backbone
         A name or folder for `load_backbone`; or an encoder, of which a copy is tuned.
-    config : TuneConfig or None
-        How to tune the encoder; None leaves it frozen.
+    method : str, optional
+        A method of `TuneConfig`, or ``"frozen"``, which leaves the encoder as it is. By default that of
+        `config`, or ``"contrastive"``.
+    config : TuneConfig or list of TuneConfig, optional
+        How to tune the encoder. Of several, the one with the best validation score is kept.
     k, temperature : int, float or None
         Of the k-NN probe.
     max_seconds : float, optional
@@ -518,62 +954,90 @@ def train(cls: AudioClassifier, task, backbone="speech-embedding", config=TuneCo
     Raises
     ------
     ActError
-        If the task lacks clips or classes, or the encoder cannot be loaded or tuned.
+        If clips or labels cannot be used, or the encoder cannot be loaded or tuned.
     """
+    configs = _settings_to_try(method, config)
+    task = _task_to_train(data, labels, sample_rate, groups)
     task.require("train", "valid")
-    given = isinstance(backbone, Backbone)
-    encoder = backbone if given else load_backbone(backbone)
-    if config is not None:
-        tuned = tune(encoder, task, config, progress=progress, inplace=not given)
-        encoder = tuned.backbone
-        config = tuned.config
-        max_seconds = max_seconds or config.max_seconds
-    rows = task.indices("train")
-    z = embed(encoder, task, progress=progress, max_seconds=max_seconds)
-    embedded = _Embedded(task, z, _trained_classes(task, rows))
-    linear, knn = _fitted_probes(embedded, k, temperature)
-    clips = [getattr(task.clips[i], "key", str(i)) for i in rows]
-    classifier = cls(encoder, linear, knn, embedded.classes, clips, Calibration(), max_seconds)
-    classifier.calibration = _calibrated(classifier, embedded)
-    classifier.dual = embedded.dual()
-    classifier.card = _sections(task, config, classifier.calibration, classifier.dual)
-    return classifier
+    best = None
+    scores = []
+    for each in configs:
+        candidate = _candidate(cls, task, backbone, each, (k, temperature), max_seconds, progress)
+        scores.append(candidate.score)
+        if best is None or candidate.score > best.score:
+            best = candidate
+    return _finished(best, _trial_table(configs, scores))
 
-# %% ../nbs/api/14_classifier.ipynb #clf00034
+# %% ../nbs/api/14_classifier.ipynb #clf00133
+def drawn_folds(task, folds=5, seed=0):
+    """The same clips split anew for each fold, groups kept together.
+
+    Parameters
+    ----------
+    task : Task
+    folds : int
+        How many; at least 2.
+    seed : int
+        Of the draw.
+
+    Returns
+    -------
+    list of Task
+        In each, a fold is the test side; 15 % of the other clips are for validation.
+
+    Raises
+    ------
+    ActError
+        If there are too few clips or groups.
+    """
+    if folds != int(folds) or folds < 2:
+        raise ClassifierError(f"folds={folds!r}: must be a whole number of at least 2")
+    shares = {str(fold): 1 / folds for fold in range(int(folds))}
+    labels = task.labels.numpy()
+    fold_of = split_groups(labels, task.groups, shares, seed)
+    tasks = []
+    for fold in shares:
+        split = np.full(len(task), "test", dtype="<U5")
+        rest = np.flatnonzero(fold_of != fold)
+        groups = None if task.groups is None else task.groups[rest]
+        split[rest] = split_groups(labels[rest], groups, dict(train=.85, valid=.15), seed)
+        tasks.append(replace(task, split=split, name=f"{task.name} fold {fold}"))
+    return tasks
+
+# %% ../nbs/api/14_classifier.ipynb #clf00134
+def cross_validate(task, folds=5, seed=0, **options):
+    """Test scores of classifiers that are trained on all folds but one.
+
+    Parameters
+    ----------
+    task : Task
+        Its own split is not used.
+    folds, seed : int
+        As in `drawn_folds`.
+    **options
+        For `AudioClassifier.train`.
+
+    Returns
+    -------
+    DataFrame
+        A row for each fold and probe, a column for each metric.
+    """
+    rows = []
+    for fold, part in enumerate(drawn_folds(task, folds, seed)):
+        dual = AudioClassifier.train(part, **options).dual
+        for probe, result in (("linear", dual.linear), ("k-NN", dual.knn)):
+            rows.append({"fold": fold, "probe": probe, **result.metrics})
+    return pd.DataFrame(rows).set_index(["fold", "probe"])
+
+# %% ../nbs/api/14_classifier.ipynb #clf00140
 @patch
-def _batch_outcomes(self: AudioClassifier, waveforms, names):
-    """Embedding (D,) of each waveform, or an error that names it."""
-    try:
-        z = self._embed(waveforms)
-        if z.isfinite().all():
-            return list(z)
-        error = ClassifierError("the embedding is not finite")
-    except ActError as failure:
-        error = failure
-    if len(waveforms) == 1:
-        return [_named_error(error, names[0])]
-    outcomes = []
-    for x, name in zip(waveforms, names):           # one clip is at fault: find it
-        outcomes += self._batch_outcomes([x], [name])
-    return outcomes
-
-
-@patch
-def _embeddings(self: AudioClassifier, clips, sample_rate=None, batch=64):
-    """Clip, and embedding (D,) or error, of each clip, in order."""
-    outcomes = _read_ahead(clips, sample_rate, self.backbone.sample_rate)
-    position = 0
-    for group in _in_batches(outcomes, batch, self._max_samples):
-        waveforms = []
-        names = []
-        for i, (clip, outcome) in enumerate(group, start=position):
-            if torch.is_tensor(outcome):
-                waveforms.append(outcome)
-                names.append(_name_of(clip, i))
-        embedded = iter(self._batch_outcomes(waveforms, names) if waveforms else [])
-        for clip, outcome in group:
-            yield clip, next(embedded) if torch.is_tensor(outcome) else outcome
-        position += len(group)
+def _classified(self: AudioClassifier, group):
+    """Pairs of a clip and its probabilities (K,) or error, for pairs with embeddings."""
+    embedded = [outcome for _, outcome in group if torch.is_tensor(outcome)]
+    if not embedded:
+        return group
+    rows = iter(self._probabilities(torch.stack(embedded)))
+    return [(clip, next(rows) if torch.is_tensor(outcome) else outcome) for clip, outcome in group]
 
 # %% ../nbs/api/14_classifier.ipynb #clf00035
 @patch
@@ -596,10 +1060,8 @@ def stream(self: AudioClassifier, clips, sample_rate=None, batch=64):
     ndarray (K,) or ClassifierError
         Calibrated probabilities, or why the clip has none.
     """
-    for clip, outcome in self._embeddings(clips, sample_rate, batch):
-        if torch.is_tensor(outcome):
-            outcome = self._probabilities(outcome[None])[0]
-        yield clip, outcome
+    for group in _embedded_batches(self._encoder, clips, sample_rate, batch):
+        yield from self._classified(group)
 
 # %% ../nbs/api/14_classifier.ipynb #clf00036
 def _as_list(clips):
@@ -625,14 +1087,93 @@ def _as_list(clips):
     return clips, False
 
 
+def _single_clip(clip):
+    """A clip, and the list of it; a folder or several clips are refused."""
+    clips, single = _as_list(clip)
+    if not single:
+        raise ClassifierError("this takes one clip; call it for each")
+    return clips[0], clips
+
+
 def _raise_error(outcome):
     if isinstance(outcome, ActError):
         raise outcome
     return outcome
 
+# %% ../nbs/api/14_classifier.ipynb #clf00141
+@patch
+def stream_windows(self: AudioClassifier, clip, seconds, hop=None, sample_rate=None, batch=64):
+    """Classify a recording of any length window by window, in bounded memory.
+
+    Parameters
+    ----------
+    clip : path-like, clip of a task, or array (T,)
+        Files that only FFmpeg reads, and those whose header does not state their length, are decoded whole.
+    seconds : float
+        The length of a window. A shorter recording is one window.
+    hop : float, optional
+        From the beginning of one window to the next, in seconds; by default `seconds`. The last window ends
+        with the recording.
+    sample_rate : int, optional
+        Of a waveform, in Hz.
+    batch : int
+        Windows that are encoded together, at most.
+
+    Yields
+    ------
+    start, end : float
+        Seconds.
+    ndarray (K,) or ClassifierError
+        Calibrated probabilities, or why the window has none.
+
+    Raises
+    ------
+    ActError
+        If the recording cannot be opened, or a setting is out of range.
+    """
+    hop = seconds if hop is None else hop
+    check_windows(seconds, hop)
+    recording = _recording(clip, sample_rate, self.backbone.sample_rate)
+    windows = _windows(recording, _name_of(clip, 0), seconds, hop)
+    for window, outcome in self.stream(windows, batch=batch):
+        yield window.start, window.end, outcome
+
+# %% ../nbs/api/14_classifier.ipynb #clf00142
+def check_windows(seconds, hop):
+    """Refuse windows that cannot be used.
+
+    Parameters
+    ----------
+    seconds, hop : float
+        Length of a window, and from the beginning of one to the next, in seconds.
+
+    Raises
+    ------
+    ClassifierError
+        If one is not a finite number above 0, or the hop is longer than the window.
+    """
+    for name, value in dict(seconds=seconds, hop=hop).items():
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not 0 < value < math.inf:
+            raise ClassifierError(f"{name}={value!r}: must be a finite number of seconds above 0")
+    if hop > seconds:
+        raise ClassifierError(f"hop={hop:g}: must not be longer than the window, {seconds:g} s, "
+                              "which would leave gaps")
+
+# %% ../nbs/api/14_classifier.ipynb #clf00142b
+@patch
+def _mean_over_windows(self: AudioClassifier, clip, seconds, hop, sample_rate):
+    """Mean probabilities (K,) over the windows of a clip."""
+    total = 0
+    count = 0
+    for _, _, outcome in self.stream_windows(clip, seconds, hop, sample_rate):
+        total = total + _raise_error(outcome)
+        count += 1
+    return total / count
+
 # %% ../nbs/api/14_classifier.ipynb #clf00037
 @patch
-def predict_proba(self: AudioClassifier, clips, sample_rate=None):
+def predict_proba(self: AudioClassifier, clips, sample_rate=None, seconds=None, hop=None):
     """Calibrated probabilities.
 
     Parameters
@@ -641,6 +1182,9 @@ def predict_proba(self: AudioClassifier, clips, sample_rate=None):
         A file, a folder of recordings, a waveform (T,), a matrix (N, T), or a list.
     sample_rate : int, optional
         Of waveforms, in Hz.
+    seconds, hop : float, optional
+        Classify windows of this length, `hop` apart (by default as long as they are), and give the mean of
+        their probabilities; by default a clip is classified as a whole.
 
     Returns
     -------
@@ -653,7 +1197,10 @@ def predict_proba(self: AudioClassifier, clips, sample_rate=None):
         If a clip cannot be read or embedded; the message names it.
     """
     clips, single = _as_list(clips)
-    rows = [_raise_error(outcome) for _, outcome in self.stream(clips, sample_rate)]
+    if seconds is None and hop is None:
+        rows = [_raise_error(outcome) for _, outcome in self.stream(clips, sample_rate)]
+    else:
+        rows = [self._mean_over_windows(clip, seconds, hop, sample_rate) for clip in clips]
     if not rows:
         raise ClassifierError("there are no clips to classify")
     return rows[0] if single else np.stack(rows)
@@ -669,12 +1216,12 @@ def labels_of(self: AudioClassifier, probabilities):
 
 # %% ../nbs/api/14_classifier.ipynb #clf00038
 @patch
-def predict(self: AudioClassifier, clips, sample_rate=None):
+def predict(self: AudioClassifier, clips, sample_rate=None, seconds=None, hop=None):
     """Predicted labels.
 
     Parameters
     ----------
-    clips, sample_rate
+    clips, sample_rate, seconds, hop
         As for `predict_proba`; the rate in Hz.
 
     Returns
@@ -688,11 +1235,41 @@ def predict(self: AudioClassifier, clips, sample_rate=None):
     ClassifierError
         If a clip cannot be read or embedded; the message names it.
     """
-    p = self.predict_proba(clips, sample_rate)
+    p = self.predict_proba(clips, sample_rate, seconds, hop)
     if p.ndim == 1:
         return self.labels_of(p)
     labels = [self.labels_of(row) for row in p]
     return labels if self.multilabel else np.array(labels)
+
+# %% ../nbs/api/14_classifier.ipynb #clf00143
+@patch
+def predict_windows(self: AudioClassifier, clip, seconds, hop=None, sample_rate=None):
+    """What is heard when in a long recording.
+
+    Parameters
+    ----------
+    clip, seconds, hop, sample_rate
+        As for `stream_windows`; lengths in seconds, the rate in Hz.
+
+    Returns
+    -------
+    DataFrame
+        Columns start and end (seconds), label and probability: a row for each window. A multi-label
+        classifier gives a row for each label that it predicts in a window, and none where it predicts none.
+
+    Raises
+    ------
+    ActError
+        If the recording or one of its windows cannot be read; the message names it.
+    """
+    single, _ = _single_clip(clip)
+    rows = []
+    for start, end, outcome in self.stream_windows(single, seconds, hop, sample_rate):
+        p = _raise_error(outcome)
+        names = self.labels_of(p)
+        for name in names if self.multilabel else [names]:
+            rows.append((start, end, name, p[self.classes.index(name)]))
+    return pd.DataFrame(rows, columns=["start", "end", "label", "probability"])
 
 # %% ../nbs/api/14_classifier.ipynb #clf00041
 def _with_other_classes(p, y, task, rows, classes):
@@ -766,9 +1343,78 @@ def _label_of_clip(self: AudioClassifier, row):
         return self.classes[int(self.knn.classes_[int(label)])]
     return ", ".join(self.classes[i] for i in label.nonzero()[:, 0].tolist())
 
+# %% ../nbs/api/14_classifier.ipynb #clf00150
+PLAYER_RATE = 16000         # Hz
+PLAYER_SECONDS = 30
+
+
+def _player(clip):
+    """An audio player of a clip in HTML, of its beginning if it is long; empty if it cannot be read."""
+    if clip is None:
+        return ""
+    try:
+        x = clip.load(PLAYER_RATE)[:PLAYER_SECONDS * PLAYER_RATE]
+    except (ActError, OSError):
+        return ""
+    return f'<audio controls preload="none" src="{sound_address(x, PLAYER_RATE)}"></audio>'
+
+# %% ../nbs/api/14_classifier.ipynb #clf00151
+class Explanation(pd.DataFrame):
+    """The training clips nearest to a recording: a data frame that a notebook shows with audio players.
+
+    Attributes
+    ----------
+    clips : list
+        The clip of each row, or None where it is not at hand.
+    """
+    _metadata = ["clips"]
+    clips = ()
+
+    @property
+    def _constructor(self):
+        return pd.DataFrame         # a selection of rows is a plain table
+
+    def _repr_html_(self):
+        players = [_player(clip) for clip in self.clips]
+        head = "<tr><th>training clip</th><th>label</th><th>similarity</th><th></th></tr>"
+        rows = []
+        for key, label, similarity, player in zip(self.key, self.label, self.similarity, players):
+            cells = [html.escape(key), html.escape(label), f"{similarity:.3f}", player]
+            rows.append(f"<tr><td>{'</td><td>'.join(cells)}</td></tr>")
+        return f"<table>{head}{''.join(rows)}</table>"
+
+# %% ../nbs/api/14_classifier.ipynb #clf00152
+_STRETCH = re.compile(r"(?P<name>.+)@(?P<start>[\d.e+-]+)\+(?P<seconds>[\d.e+-]+|inf)")
+
+
+def _clip_in_folder(folder, key):
+    """The clip of a key in a folder, or None if its file is not there."""
+    match = _STRETCH.fullmatch(key)
+    name = match["name"] if match else key
+    path = folder / name
+    if not path.is_file():
+        return None
+    if match is None:
+        return Clip(path)
+    seconds = float(match["seconds"])
+    return Clip(path, float(match["start"]), None if seconds == math.inf else seconds)
+
+
+@patch
+def _finder(self: AudioClassifier, recordings):
+    """A function from the key of a training clip to the clip, or None."""
+    if recordings is None:
+        return self.recordings.get
+    if isinstance(recordings, Task):
+        return {getattr(clip, "key", str(i)): clip for i, clip in enumerate(recordings.clips)}.get
+    folder = full_path(recordings)
+    if not folder.is_dir():
+        raise ClassifierError(f"{folder}: no such folder; recordings= is where the training clips are")
+    return lambda key: _clip_in_folder(folder, key)
+
 # %% ../nbs/api/14_classifier.ipynb #clf00046
 @patch
-def explain(self: AudioClassifier, clip, k=5, sample_rate=None):
+def explain(self: AudioClassifier, clip, k=5, sample_rate=None, recordings=None):
     """The training clips that a recording resembles most.
 
     Parameters
@@ -778,29 +1424,33 @@ def explain(self: AudioClassifier, clip, k=5, sample_rate=None):
         How many; at most all training clips.
     sample_rate : int, optional
         Of a waveform, in Hz.
+    recordings : Task or path-like, optional
+        Where the training clips are: the task, or the folder that their keys are relative to. By default the
+        clips that the classifier was trained on in this session.
 
     Returns
     -------
-    DataFrame
-        Columns key (of the training clip), label and similarity (cosine), by falling similarity.
+    Explanation
+        A data frame, with players in a notebook. Columns key (of the training clip), label and similarity (cosine), by falling similarity.
 
     Raises
     ------
     ActError
         If the clip cannot be read, or k is out of range.
     """
-    clips, single = _as_list(clip)
-    if not single:
-        raise ClassifierError("explain takes one clip; call it for each")
-    _, outcome = next(self._embeddings(clips, sample_rate))
+    find = self._finder(recordings)
+    _, clips = _single_clip(clip)
+    (_, outcome), = next(_embedded_batches(self._encoder, clips, sample_rate, batch=1))
     z = _raise_error(outcome)[None]
     similarity, index = nearest(z, self.knn.bank_, k)
     rows = index[0].tolist()
-    return pd.DataFrame({
+    explanation = Explanation({
         "key": [self.clips[row] for row in rows],
         "label": [self._label_of_clip(row) for row in rows],
         "similarity": similarity[0].numpy(),
     })
+    explanation.clips = [find(key) for key in explanation.key]
+    return explanation
 
 # %% ../nbs/api/14_classifier.ipynb #clf00049
 PROBES = "probes.safetensors"
@@ -838,7 +1488,7 @@ def _settings(classifier):
 
 # %% ../nbs/api/14_classifier.ipynb #clf00051
 @patch
-def save_pretrained(self: AudioClassifier, folder, card=None, force=False):
+def save_pretrained(self: AudioClassifier, folder, card=None, force=False, compared=None):
     """Save the classifier with its model card.
 
     Parameters
@@ -849,6 +1499,8 @@ def save_pretrained(self: AudioClassifier, folder, card=None, force=False):
         More sections of the model card.
     force : bool
         Write also into a folder that holds files which act did not write.
+    compared : DataFrame or str, optional
+        What the classifier was compared with, such as the frozen encoder: a section of the model card.
 
     Returns
     -------
@@ -860,9 +1512,12 @@ def save_pretrained(self: AudioClassifier, folder, card=None, force=False):
     BackboneError
         As `Backbone.save_pretrained`.
     """
+    sections = {**self.card, **(card or {})}
+    if compared is not None:
+        sections["Compared"] = _markdown(compared) if isinstance(compared, pd.DataFrame) else compared
     settings = json.dumps(_settings(self), indent=1, ensure_ascii=False)
     files = {PROBES: safetensors.torch.save(_probe_tensors(self)), CLASSIFIER: settings.encode()}
-    return self.backbone.save_pretrained(folder, {**self.card, **(card or {})}, force, files)
+    return self.backbone.save_pretrained(folder, sections, force, files)
 
 # %% ../nbs/api/14_classifier.ipynb #clf00052
 def _checked_files(folder):
@@ -915,6 +1570,42 @@ def _restored_calibration(values):
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return Calibration(**values)
 
+# %% ../nbs/api/14_classifier.ipynb #clf00160
+HUB = "hf:"         # what the name of a model on the Hugging Face Hub begins with
+
+
+def _hub():
+    """The client library of the Hugging Face Hub."""
+    return import_extra("huggingface_hub", "hf", "the Hugging Face Hub", ClassifierError)
+
+
+def _hub_errors(hub):
+    """What the client library raises for a model, a user or a network that is not there."""
+    errors = [hub.errors.HfHubHTTPError, hub.errors.EntryNotFoundError, OSError, ValueError]
+    for library in ("httpx", "httpx2"):                 # whichever the client uses
+        if library in sys.modules:
+            errors.append(sys.modules[library].HTTPError)
+    return tuple(errors)
+
+
+def _hub_failure(verb, repo_id, error):
+    """An error of one line about a model on the Hub."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    reason = lines[0].rstrip(".")
+    return ClassifierError(f"{HUB}{repo_id} cannot be {verb}: {reason}; "
+                           "check the name, the network and your token (hf auth login)")
+
+
+def _downloaded(name):
+    """The folder of a model from the Hub."""
+    repo_id, _, revision = name.removeprefix(HUB).partition("@")
+    hub = _hub()
+    try:
+        folder = hub.snapshot_download(repo_id, revision=revision or None, endpoint=os.environ.get("HF_ENDPOINT"))
+    except _hub_errors(hub) as error:
+        raise _hub_failure("downloaded", repo_id, error) from None
+    return Path(folder)
+
 # %% ../nbs/api/14_classifier.ipynb #clf00054
 @patch(cls_method=True)
 def from_pretrained(cls: AudioClassifier, folder):
@@ -923,6 +1614,8 @@ def from_pretrained(cls: AudioClassifier, folder):
     Parameters
     ----------
     folder : path-like
+        Or ``"hf:OWNER/NAME"``, a model that `push_to_hub` uploaded; ``"hf:OWNER/NAME@REVISION"`` is a certain
+        version of it.
 
     Returns
     -------
@@ -931,9 +1624,9 @@ def from_pretrained(cls: AudioClassifier, folder):
     Raises
     ------
     ActError
-        If the folder holds no classifier, or one of its files is damaged.
+        If the folder holds no classifier, or one of its files is damaged; if the model cannot be downloaded.
     """
-    folder = full_path(folder)
+    folder = _downloaded(str(folder)) if str(folder).startswith(HUB) else full_path(folder)
     settings, tensors = _checked_files(folder)
     backbone = load_backbone(folder)
     linear, knn = _restored_probes(settings, tensors)
@@ -947,3 +1640,102 @@ def from_pretrained(cls: AudioClassifier, folder):
         max_seconds=settings["max_seconds"],
         card=settings["card"],
     )
+
+# %% ../nbs/api/14_classifier.ipynb #clf00161
+@patch
+def push_to_hub(self: AudioClassifier, repo_id, private=None, token=None, message="Upload a classifier",
+                card=None, compared=None):
+    """Upload the classifier with its model card to the Hugging Face Hub.
+
+    Parameters
+    ----------
+    repo_id : str
+        ``"OWNER/NAME"``; the repository is created if it does not exist.
+    private : bool, optional
+        Whether a new repository is private; by default as the owner's settings say.
+    token : str, optional
+        By default the one that ``hf auth login`` stored.
+    message : str
+        Of the commit.
+    card, compared
+        As for `save_pretrained`.
+
+    Returns
+    -------
+    str
+        The address of the repository. ``AudioClassifier.from_pretrained("hf:OWNER/NAME")`` loads it.
+
+    Raises
+    ------
+    ClassifierError
+        If huggingface_hub is missing, or the Hub refuses the name, the token or the files.
+    """
+    if repo_id.count("/") != 1:
+        raise ClassifierError(f"{repo_id!r} is not the name of a model on the Hub: give OWNER/NAME")
+    hub = _hub()
+    api = hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
+    with tempfile.TemporaryDirectory() as parent:
+        folder = self.save_pretrained(Path(parent, "model"), card, compared=compared)
+        try:
+            if not api.repo_exists(repo_id):
+                api.create_repo(repo_id, private=private)
+            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
+        except _hub_errors(hub) as error:
+            raise _hub_failure("uploaded", repo_id, error) from None
+    return f"{api.endpoint}/{repo_id}"
+
+# %% ../nbs/api/14_classifier.ipynb #clf00171
+class EmbeddingWriter:
+    """Write embeddings row by row into an ``.npz``.
+
+    Parameters
+    ----------
+    path : path-like
+        The file; it appears once it is complete.
+    dim : int
+        Numbers in a row, D.
+
+    Use it as a context manager: nothing is kept if the block raises an error, or if no row was added.
+    """
+    def __init__(self, path, dim):
+        self.path = full_path(path)
+        self.dim = dim
+        self.count = 0
+        self._rows = tempfile.TemporaryFile()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *error):
+        self._rows.close()
+
+    def add(self, z):
+        """Append an embedding (D,)."""
+        row = np.asarray(z, dtype="<f4")
+        self._rows.write(row.tobytes())
+        self.count += 1
+
+# %% ../nbs/api/14_classifier.ipynb #clf00172
+@patch
+def save(self: EmbeddingWriter, **arrays):
+    """Write the file: ``embeddings`` (N, D), float32, and other arrays by name.
+
+    Parameters
+    ----------
+    **arrays : array (N,) or (N, C)
+        Such as ``labels`` and ``split``, which `act probe` reads.
+
+    Raises
+    ------
+    ActError
+        If the disk is full.
+    """
+    header = dict(descr="<f4", fortran_order=False, shape=(self.count, self.dim))
+    self._rows.seek(0)
+    with replacing(self.path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        with archive.open("embeddings.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            shutil.copyfileobj(self._rows, file, length=1 << 20)
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, np.asarray(array), allow_pickle=False)

@@ -4,21 +4,20 @@
 
 # %% auto #0
 __all__ = ['anywidget', 'traitlets', 'Image', 'PERPLEXITY', 'LISTED_NEIGHBOURS', 'PICTURE', 'ExplorerError', 'unit_rows',
-           'flat_map', 'similar_clips', 'sound_address', 'picture_address', 'explorer_data', 'Explorer', 'explore']
+           'flat_map', 'similar_clips', 'picture_address', 'explorer_data', 'Explorer', 'explore']
 
 # %% ../nbs/api/19_explorer.ipynb #exp00003
-import base64
 import html
 import io
 import json
 
 import numpy as np
-import soundfile
 import torch.nn.functional as F
 from matplotlib import colormaps
 from sklearn.manifold import TSNE
 from torchaudio.transforms import MelSpectrogram
 
+from .audio import data_url, sound_address
 from .core import ActError, full_path, import_extra, write_atomic
 from .embeddings import embed
 from .geometry import project, purity
@@ -100,27 +99,6 @@ def similar_clips(z, k=LISTED_NEIGHBOURS):
     order = np.argsort(-similarity, axis=1, kind="stable")
     return order[:, :k]
 
-# %% ../nbs/api/19_explorer.ipynb #exp00013
-def _data_url(data, kind):
-    """Bytes of a media type as a data URL."""
-    encoded = base64.b64encode(data).decode()
-    return f"data:{kind};base64,{encoded}"
-
-
-def sound_address(x, sample_rate):
-    """A waveform (T,) at `sample_rate` Hz as the data URL of an MP3, its peak at 0.95 of full scale."""
-    peak = max(float(x.abs().max()), 1e-9)
-    file = io.BytesIO()
-    soundfile.write(
-        file,
-        .95 * (x.numpy() / peak),
-        sample_rate,
-        format="MP3",
-        subtype="MPEG_LAYER_III",
-        compression_level=.8,
-    )
-    return _data_url(file.getvalue(), "audio/mpeg")
-
 # %% ../nbs/api/19_explorer.ipynb #exp00108
 PICTURE = dict(bins=64, frames=96, decibels=60.)
 _FFT_SIZE = 1024    # samples
@@ -151,7 +129,7 @@ def picture_address(x, sample_rate):
     image.putpalette(_palette())
     file = io.BytesIO()
     image.save(file, "PNG", optimize=True)
-    return _data_url(file.getvalue(), "image/png")
+    return data_url(file.getvalue(), "image/png")
 
 # %% ../nbs/api/19_explorer.ipynb #exp00016
 def explorer_data(task, embeddings, title=None, k=LISTED_NEIGHBOURS, seed=0):

@@ -764,12 +764,18 @@ def gathered_loss(fabric, z, labels, loss):
 
 # %% ../nbs/api/08_losses.ipynb #los00105
 def _checked_targets(logits, targets):
-    """Logits and multi-hot targets, both (B, C), in float32 or better."""
+    """Logits and multi-hot targets in float32 or better: both (B, C), or the n known entries (n,) of them."""
     if logits.shape != targets.shape:
         shapes = f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)}"
         raise LossError(f"{shapes} differ in shape; targets must be multi-hot, (B, C)")
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    return logits.to(dtype), targets.to(dtype)
+    logits, targets = logits.to(dtype), targets.to(dtype)
+    unknown = targets.isnan()
+    if not unknown.any():
+        return logits, targets
+    if unknown.all():
+        raise LossError("all labels of the batch are unknown; leave out clips of which nothing is known")
+    return logits[~unknown], targets[~unknown]
 
 
 def _check_binary(targets):
@@ -791,7 +797,7 @@ def binary_cross_entropy(logits, targets):
     ----------
     logits : Tensor (B, C)
     targets : Tensor (B, C)
-        0 or 1.
+        0 or 1; NaN where the label is not known.
 
     Returns
     -------
@@ -808,7 +814,7 @@ def focal_loss(logits, targets, gamma=2., alpha=.25):
     ----------
     logits : Tensor (B, C)
     targets : Tensor (B, C)
-        0 or 1.
+        0 or 1; NaN where the label is not known.
     gamma : float
         How fast easy entries fade; 0 for none.
     alpha : float or None
@@ -851,7 +857,7 @@ def asymmetric_loss(logits, targets, gamma_positive=1., gamma_negative=4., margi
     ----------
     logits : Tensor (B, C)
     targets : Tensor (B, C)
-        0 or 1.
+        0 or 1; NaN where the label is not known.
     gamma_positive, gamma_negative : float
         How fast easy positives and negatives fade.
     margin : float

@@ -580,23 +580,36 @@ def task_hours(name):
     float
         NaN where the manifest has no size.
     """
-    whole = re.split("[:@]", name)[0]
-    base, _, kept = whole.partition("/")      # TASK/N keeps N classes
+    base = re.split("[/:@#]", name)[0]
     listed = list_tasks()
     if base not in listed.index:
         return _rendered_hours(base)
     row = listed.loc[base]
     hours = float(_listed_hours(base, row))
+    kept = re.search(r"/(\d+)", name)      # TASK/N keeps N classes
     if kept:
-        hours *= int(kept) / row.classes
+        hours *= int(kept[1]) / row.classes
     return hours
+
+# %% ../nbs/api/18_reproduce.ipynb #rpd00101
+def _few_clips_share(name):
+    """The share of a task's clips that TASK:K trains on: K of each class; 1 for other tasks."""
+    kept = re.search(r":(\d+)$", name)
+    base = re.split("[/:@#]", name)[0]
+    listed = list_tasks()
+    if kept is None or base not in listed.index:
+        return 1.
+    row = listed.loc[base]
+    share = int(kept[1]) * row.classes / row.clips
+    return 1. if np.isnan(share) else min(1., share)
 
 # %% ../nbs/api/18_reproduce.ipynb #rpd00029
 def _cost_of(run):
     """Precision, hours in training steps and, if its size is unknown, the task of a run."""
     hours = task_hours(run.task)
+    trained = training_passes(run) * _few_clips_share(run.task) * hours
     return dict(precision=run.config.precision if run.config else None,
-                hours=(training_passes(run) + FORWARD_SHARE) * hours,
+                hours=trained + FORWARD_SHARE * hours,
                 unknown=run.task if np.isnan(hours) else "")
 
 
@@ -606,12 +619,12 @@ def _joined(names):
     return ", ".join(different)
 
 # %% ../nbs/api/18_reproduce.ipynb #stu00051
-def workload(profile):
+def workload(profile, extended=True):
     """What a profile asks of each encoder.
 
     Parameters
     ----------
-    profile : dict
+    profile, extended
         As for `planned_runs`.
 
     Returns
@@ -621,7 +634,7 @@ def workload(profile):
         counts a third), the precision of the runs, and the tasks of unknown size, which are not counted.
     """
     rows = []
-    for section, runs in planned_runs(profile).items():
+    for section, runs in planned_runs(profile, extended).items():
         for run in runs:
             row = dict(section=section, backbone=run.backbone, runs=1)
             rows.append(row | _cost_of(run))
@@ -742,6 +755,16 @@ def _unknown(cost):
     return sorted(tasks | encoders)
 
 
+def _if_no_grid_grows(profile, cost):
+    """The time that remains if no grid of learning rates is extended, as a part of a line."""
+    work = workload(profile, extended=False)
+    if work.runs.sum() == cost.runs.sum():
+        return ""
+    speeds = cost.drop_duplicates("backbone").set_index("backbone").speed
+    hours = work.hours / work.backbone.map(speeds) / default_jobs()
+    return f"; {_duration(hours.sum())} if no best learning rate lies at the edge of its grid"
+
+
 def _durations(profile):
     """A line about the time that a profile takes here."""
     cost = estimate(profile)
@@ -754,6 +777,7 @@ def _durations(profile):
         f"about {_duration(hours.sum())} on {device}, {default_jobs()} at once, "
         f"by timing each encoder ({', '.join(each)})"
     )
+    line += _if_no_grid_grows(profile, cost)
     unknown = _unknown(cost)
     if unknown:
         line += f"; not counted, as nobody states their size: {', '.join(unknown)}"

@@ -6,8 +6,8 @@
 __all__ = ['SPLITS', 'LABEL_FORMS', 'MAX_LISTED', 'MAX_NAMED', 'FFT_SIZE', 'FACTS', 'FSDD_SPLIT', 'ESC10_MIXTURES', 'MAX_MIXED',
            'MIXTURE_GAINS', 'MSWC_WORDS', 'DRUMS', 'DRUMS_WINDOW', 'DRUMS_HOP', 'DRUMS_SPLIT', 'FEW_GROUPS', 'SHARES',
            'SYSTEM_FILES', 'AUDIO_SUFFIXES', 'SPELLINGS', 'BYTE_ORDER_MARKS', 'SEPARATORS', 'SAVE_AS_UTF8',
-           'MAX_COMPARED', 'TaskError', 'Task', 'register_task', 'load_task', 'list_tasks', 'split_groups',
-           'folder_task', 'csv_task']
+           'MAX_COMPARED', 'TaskError', 'Task', 'register_task', 'load_task', 'list_tasks', 'task_folds',
+           'split_groups', 'folder_task', 'csv_task']
 
 # %% ../nbs/api/03_tasks.ipynb #tas00003
 import codecs, csv, difflib, functools, hashlib, io, json, os, re, unicodedata, warnings
@@ -26,7 +26,7 @@ from fastcore.basics import patch
 from sklearn.model_selection import train_test_split
 
 from act.audio import FFMPEG_SUFFIXES, SUFFIXES, AudioError, Clip, Mixture, WaveCache
-from act.audio import audio_info, check_audio, decodable
+from act.audio import audio_info, check_audio, decodable, read_audio
 from act.core import ActError, ActWarning, Registry
 from act.core import content_of, file_digest, full_path, identity, near_matches
 from act.manifest import entry_file_digest, fetch, list_entries, load_manifest
@@ -103,6 +103,18 @@ def _ids_of_names(y, classes):
     if unknown:
         raise _label_error(f"labels {unknown[:MAX_LISTED]} are none of the classes")
     return np.array([id_of[name] for name in names])
+
+# %% ../nbs/api/03_tasks.ipynb #tas00211
+def _as_known(known, labels):
+    """The mask of known labels, a BoolTensor (N, C); None if all are known."""
+    known = torch.from_numpy(_to_array(known).astype(bool))
+    if known.shape != labels.shape or labels.ndim != 2:
+        shapes = f"a mask of shape {tuple(known.shape)} and labels of shape {tuple(labels.shape)}"
+        raise TaskError(f"{shapes}: known must mark every label of multi-hot rows (N, C)")
+    n_wrong = int(labels[~known].sum())
+    if n_wrong:
+        raise TaskError(f"{n_wrong} labels are present but marked as unknown; correct known or the labels")
+    return None if known.all() else known
 
 # %% ../nbs/api/03_tasks.ipynb #tas00114
 def _as_groups(groups):
@@ -204,6 +216,8 @@ class Task:
         The manifest entry that the files come from.
     licence : str, optional
         The licence of the recordings.
+    known : BoolTensor (N, C), optional
+        Which labels of a multi-label task are known; all by default. See `targets`.
 
     Raises
     ------
@@ -219,12 +233,15 @@ class Task:
     sample_rate: int | None = None
     entry: str | None = None
     licence: str | None = None
+    known: torch.Tensor | None = None
 
     def __post_init__(self):
         self.classes = tuple(self.classes)
         self.split = np.asarray(self.split, dtype=str)
         try:
             self.labels = _as_labels(self.labels, self.classes)
+            if self.known is not None:
+                self.known = _as_known(self.known, self.labels)
         except TaskError as error:
             raise TaskError(f"task {self.name}: {error}") from None
         if self.groups is not None:
@@ -289,6 +306,7 @@ def subset(self: Task, indices, name=None):
     """A task of the clips at these positions, with the same classes."""
     keep = np.asarray(indices, dtype=int)
     groups = None if self.groups is None else self.groups[keep]
+    known = None if self.known is None else self.known[torch.from_numpy(keep)]
     return replace(
         self,
         name=name or self.name,
@@ -296,6 +314,7 @@ def subset(self: Task, indices, name=None):
         labels=self.labels[torch.from_numpy(keep)],
         split=self.split[keep],
         groups=groups,
+        known=known,
     )
 
 # %% ../nbs/api/03_tasks.ipynb #tas00120b
@@ -306,6 +325,14 @@ def shared_groups(self: Task):
         return []
     n_sides = pd.Series(self.split).groupby(self.groups).nunique()
     return n_sides.index[n_sides > 1].tolist()
+
+# %% ../nbs/api/03_tasks.ipynb #tas00213
+@patch(as_prop=True)
+def targets(self: Task):
+    """The labels, with NaN for each that is not known: for losses and metrics, which leave those entries out."""
+    if self.known is None:
+        return self.labels
+    return self.labels.masked_fill(~self.known, torch.nan)
 
 # %% ../nbs/api/03_tasks.ipynb #tas00008b
 def _clip_identities(task):
@@ -347,12 +374,16 @@ def content(self: Task):
 def digest(self: Task):
     """SHA-256 of all that a result depends on: waveforms, labels, classes, split and groups."""
     groups = None if self.groups is None else self.groups.tolist()
+    unknown = {}
+    if self.known is not None:
+        unknown["known"] = content_of(self.known)
     parts = identity(
         clips=self.content,
         labels=content_of(self.labels),
         classes=self.classes,
         split=self.split.tolist(),
         groups=groups,
+        **unknown,
     )
     return parts.digest
 
@@ -476,6 +507,7 @@ class _Loader(NamedTuple):
     """A registered loader of tasks."""
     shown: str          # its name in `list_tasks`
     entry: str | None   # the manifest entry that the files come from
+    folds: tuple        # official folds, each of which NAME@FOLD holds out
     facts: dict         # what `list_tasks` shows where it differs from the entry
     load: Callable
 
@@ -483,7 +515,7 @@ class _Loader(NamedTuple):
 _LOADERS = Registry("task", "act.tasks")     # pattern to _Loader
 
 # %% ../nbs/api/03_tasks.ipynb #tas00022b
-def register_task(pattern, name=None, entry=None, **facts):
+def register_task(pattern, name=None, entry=None, folds=(), **facts):
     """Register a loader of tasks.
 
     Parameters
@@ -495,6 +527,8 @@ def register_task(pattern, name=None, entry=None, **facts):
         What `list_tasks` shows; by default the pattern with its groups written as N.
     entry : str, optional
         The manifest entry that the task's files come from.
+    folds : sequence, optional
+        The official folds: the loader must take each as NAME@FOLD, with that fold as the test. See `task_folds`.
     **facts
         What `list_tasks` shows where it differs from the entry: title, labels, classes, clips, licence.
 
@@ -506,10 +540,26 @@ def register_task(pattern, name=None, entry=None, **facts):
     shown = name or re.sub(r"\(.*?\)", "N", pattern)
 
     def register(loader):
-        _LOADERS[pattern] = _Loader(shown, entry, facts, loader)
+        _LOADERS[pattern] = _Loader(shown, entry, tuple(folds), facts, loader)
         return loader
 
     return register
+
+# %% ../nbs/api/03_tasks.ipynb #tas00126a
+FORM = "TASK@FOLD/CLASSES#DRAW:CLIPS"       # every part but TASK may be left out
+_SOME_CLASSES = r"(.+)/(\d+)(?:#(\d+))?"
+_SOME_CLIPS = r"(.+):(\d+)"
+
+
+def _registered(name):
+    """Pattern, match and loader of a task; an error with near matches if no loader knows the name."""
+    registered = _LOADERS.find(name)
+    if registered is not None:
+        return registered
+    known = [loader.shown for loader in _LOADERS.values()]
+    near = ", ".join(near_matches(name, known))
+    form = f" Its parts are written {FORM}" if re.search("[@/#:]", name) else ""
+    raise TaskError(f"unknown task {name!r}: did you mean {near}?{form}")
 
 # %% ../nbs/api/03_tasks.ipynb #tas00126
 def load_task(name):
@@ -518,7 +568,9 @@ def load_task(name):
     Parameters
     ----------
     name : str
-        Such as "asc40-mini", "words-64" or "esc10@2" (official fold 2 as the test).
+        Such as "asc40-mini" or "words-64". Behind it may stand, in this order, the official fold that is the test
+        ("esc10@2"), a number of classes with the draw that chooses them ("asc40-mini/10#1"), and a number of
+        labelled clips of each class ("asc40-mini:5"): "esc10@2/5#1:8".
 
     Returns
     -------
@@ -531,12 +583,7 @@ def load_task(name):
     FetchError
         If its data cannot be fetched.
     """
-    registered = _LOADERS.find(name)
-    if registered is None:
-        known = [loader.shown for loader in _LOADERS.values()]
-        near = ", ".join(near_matches(name, known))
-        raise TaskError(f"unknown task {name!r}: did you mean {near}?")
-    _, match, loader = registered
+    _, match, loader = _registered(name)
     task = loader.load(*match.groups())
     return replace(task, name=name)
 
@@ -572,6 +619,34 @@ def list_tasks():
     rows = [_task_row(loader, entries, states) for loader in loaders]
     return pd.DataFrame(rows).set_index("task").sort_index()
 
+# %% ../nbs/api/03_tasks.ipynb #tas00181
+def task_folds(name):
+    """The names of a task with each of its official folds as the test.
+
+    Parameters
+    ----------
+    name : str
+        A task, such as "esc10". Classes and clips are kept: "esc10/5#1:8" gives "esc10@1/5#1:8" and so on.
+
+    Returns
+    -------
+    list of str
+        The name alone, if the task has no folds or the name holds one out already.
+
+    Raises
+    ------
+    TaskError
+        If no loader knows the name.
+    """
+    pattern, match, loader = _registered(name)
+    if pattern in (_SOME_CLASSES, _SOME_CLIPS):
+        base = match[1]
+        part = name.removeprefix(base)
+        return [fold + part for fold in task_folds(base)]
+    if not loader.folds or "@" in name:
+        return [name]
+    return [f"{name}@{fold}" for fold in loader.folds]
+
 # %% ../nbs/api/03_tasks.ipynb #tas00026
 def _classes_and_labels(labels, classes=None):
     """Class names (sorted unless given), and ids of labels or multi-hot rows of lists of labels."""
@@ -589,15 +664,22 @@ def _classes_and_labels(labels, classes=None):
     return classes, hot
 
 # %% ../nbs/api/03_tasks.ipynb #tas00128
-def _entry_task(entry, names, labels, split, groups=None, classes=None):
-    """A task from the files of a manifest entry; `labels` are class names, or lists of them."""
+def _entry_task(entry, names, labels, split, groups=None, classes=None, stretches=None):
+    """A task from the files of a manifest entry; `labels` are class names, or lists of them.
+
+    `stretches` may give the part of each file that is used, as (start, seconds).
+    """
     folder = fetch(entry)
     names = list(names)
     missing = [name for name in names if not (folder/name).is_file()]
     if missing:
         problem = f"{len(missing)} of {len(names)} listed files are missing, such as {missing[0]}"
         raise TaskError(f"{entry}: {problem}: delete {folder} and fetch again")
-    clips = [Clip(folder/name, name=name) for name in names]
+    if stretches is None:
+        stretches = [(0., None)] * len(names)
+    clips = []
+    for name, (start, seconds) in zip(names, stretches):
+        clips.append(Clip(folder/name, start, seconds, name))
     return _clips_task(entry, clips, labels, split, groups, classes)
 
 # %% ../nbs/api/03_tasks.ipynb #tas00128b
@@ -632,6 +714,12 @@ def _parsed(names, pattern):
     parts = pd.Series(names).str.extract(pattern)
     return parts.assign(name=names)
 
+# %% ../nbs/api/03_tasks.ipynb #tas00184
+def _lot(name):
+    """A number between 0 and 1 that a name gives, by its SHA-256."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return int.from_bytes(digest, "big") / 2 ** 256
+
 # %% ../nbs/api/03_tasks.ipynb #tas00028
 FSDD_SPLIT = dict(jackson="train", nicolas="train", theo="train", george="valid", yweweler="test", lucas="test")
 
@@ -653,7 +741,7 @@ def _leave_one_out(groups, held_out, task):
     return split
 
 # %% ../nbs/api/03_tasks.ipynb #tas00131
-@register_task(r"fsdd(?:@([a-z]+))?", name="fsdd", entry="fsdd")
+@register_task(r"fsdd(?:@([a-z]+))?", name="fsdd", entry="fsdd", folds=sorted(FSDD_SPLIT))
 def _fsdd(held_out):
     """Ten spoken digits, in the fixed speaker-disjoint split or with one speaker as the test."""
     rows = _fsdd_recordings()
@@ -716,7 +804,7 @@ def _fold_split(folds, test_fold, n_folds):
     return [side_of.get(int(fold), "train") for fold in folds]
 
 # %% ../nbs/api/03_tasks.ipynb #tas00034b
-@register_task(r"esc10(?:@(\d+))?", name="esc10", entry="esc10")
+@register_task(r"esc10(?:@(\d+))?", name="esc10", entry="esc10", folds=range(1, 6))
 def _esc10(fold):
     """Ten environmental sounds."""
     names = _files_of("esc10", "0* - */*.ogg")
@@ -763,6 +851,7 @@ def _distinct_mixtures(base, side, n, rng):
     r"esc10-mix(?:@(\d+))?",
     name="esc10-mix",
     entry="esc10",
+    folds=range(1, 6),
     title="ESC-10, mixtures of one to three",
     labels="multi",
     clips=sum(ESC10_MIXTURES.values()),
@@ -784,7 +873,7 @@ def _esc10_mix(fold):
     return replace(base, clips=clips, labels=hot, split=split, groups=None)
 
 # %% ../nbs/api/03_tasks.ipynb #tas00039
-@register_task(r"esc50(?:@(\d+))?", name="esc50", entry="esc50")
+@register_task(r"esc50(?:@(\d+))?", name="esc50", entry="esc50", folds=range(1, 6))
 def _esc50(fold):
     """Fifty environmental sounds in five folds."""
     table = fetch("esc50")/"meta"/"esc50.csv"
@@ -798,7 +887,7 @@ def _esc50(fold):
     )
 
 # %% ../nbs/api/03_tasks.ipynb #tas00039b
-@register_task(r"urbansound8k(?:@(\d+))?", name="urbansound8k", entry="urbansound8k")
+@register_task(r"urbansound8k(?:@(\d+))?", name="urbansound8k", entry="urbansound8k", folds=range(1, 11))
 def _urbansound8k(fold):
     """Ten urban sounds in ten folds."""
     table = fetch("urbansound8k")/"metadata"/"UrbanSound8K.csv"
@@ -879,6 +968,184 @@ def _voxceleb():
         groups=rows["video"],
     )
 
+# %% ../nbs/api/03_tasks.ipynb #tas00191
+SPEECHOCEAN_SPLIT = dict(train=12, valid=3, test=5)         # utterances of a speaker
+SPEECHOCEAN_MINI = dict(train=8, valid=2, test=4)           # of these, what the mini task has
+SPEECHOCEAN_HALVES = ("train", "test")                      # the publisher's division of the speakers
+
+
+def _speechocean_lists(folder):
+    """Utterance, speaker, official half and file of every recording, a DataFrame."""
+    tables = []
+    for half in SPEECHOCEAN_HALVES:
+        table = pd.read_csv(folder/half/"utt2spk", sep=r"\s+", names=["utterance", "speaker"], dtype=str)
+        tables.append(table.assign(half=half))
+    rows = pd.concat(tables, ignore_index=True)
+    rows["name"] = "WAVE/SPEAKER" + rows["speaker"] + "/" + rows["utterance"] + ".WAV"
+    return rows
+
+# %% ../nbs/api/03_tasks.ipynb #tas00192
+def _split_by_lot(rows):
+    """The utterances of each speaker in the order of their lots, with `split` and `place` on that side."""
+    lots = rows["utterance"].map(_lot)
+    rows = rows.assign(lot=lots).sort_values(["speaker", "lot"], ignore_index=True)
+    order = rows.groupby("speaker").cumcount()
+    sides = np.repeat(list(SPEECHOCEAN_SPLIT), list(SPEECHOCEAN_SPLIT.values()))
+    rows["split"] = sides[order]
+    rows["place"] = rows.groupby(["speaker", "split"]).cumcount()
+    return rows
+
+# %% ../nbs/api/03_tasks.ipynb #tas00194
+@register_task(r"speechocean762(?:@(train|test))?", name="speechocean762", entry="speechocean762")
+def _speechocean(half):
+    """Which of 250 speakers, each of one session and device; or of the 125 of an official half."""
+    rows = _split_by_lot(_speechocean_lists(fetch("speechocean762")))
+    if half is not None:
+        rows = rows[rows["half"] == half]
+    return _entry_task("speechocean762", names=rows["name"], labels=rows["speaker"], split=rows["split"])
+
+# %% ../nbs/api/03_tasks.ipynb #tas00196
+SPEECHOCEAN_RATE = 16000    # Hz
+
+
+def _loudest_second(x):
+    """The first start, in samples, of the second with the most energy in a waveform (T,) of 16-bit samples."""
+    whole = np.rint(x * 2. ** 15).astype(np.int64)      # integers, so that equal sums are equal
+    energy = np.cumsum(np.square(whole))
+    energy = np.concatenate([[0], energy])
+    of_second = energy[SPEECHOCEAN_RATE:] - energy[:-SPEECHOCEAN_RATE]
+    return int(of_second.argmax()) if len(of_second) else 0
+
+# %% ../nbs/api/03_tasks.ipynb #tas00198
+def _speechocean_cut(folder):
+    """Files, speakers and sides of the mini task, and where the loudest second of each begins, a DataFrame."""
+    rows = _split_by_lot(_speechocean_lists(folder))
+    is_kept = rows["place"] < rows["split"].map(SPEECHOCEAN_MINI)
+    rows = rows[is_kept].reset_index(drop=True)
+    starts = []
+    for name in rows["name"]:
+        x = read_audio(folder/name, SPEECHOCEAN_RATE).numpy()
+        starts.append(_loudest_second(x) / SPEECHOCEAN_RATE)
+    rows["start"] = starts
+    return rows
+
+# %% ../nbs/api/03_tasks.ipynb #tas00199
+@register_task(r"speechocean762-mini", entry="speechocean762-mini")
+def _speechocean_mini():
+    """Which of 250 speakers, each of one session and device, from one second of speech."""
+    entry = "speechocean762-mini"
+    folder = fetch(entry)
+    if (folder/"metadata.csv").is_file():
+        rows = pd.read_csv(folder/"metadata.csv", dtype=str)
+        return _entry_task(entry, names=rows["file"], labels=rows["speaker"], split=rows["split"])
+    rows = _speechocean_cut(folder)
+    return _entry_task(
+        entry,
+        names=rows["name"],
+        labels=rows["speaker"],
+        split=rows["split"],
+        stretches=[(start, 1.) for start in rows["start"]],
+    )
+
+# %% ../nbs/api/03_tasks.ipynb #tas00201
+SLOTS = dict(
+    coffeeDrink="drink",
+    milkAmount="milk",
+    numberOfShots="shots",
+    roast="roast",
+    size="size",
+    sugarAmount="sugar",
+)
+AMOUNTS = {
+    "a little bit of ": "little",
+    "a bit of ": "little",
+    "some ": "some",
+    "a lot of ": "lot",
+    "lots of ": "lot",
+}
+
+# %% ../nbs/api/03_tasks.ipynb #tas00202
+def _slot_labels(slots):
+    """The labels of one order, sorted; `slots` maps the publisher's slots to what was said."""
+    labels = []
+    for slot, said in slots.items():
+        value = said.strip()
+        for phrase, amount in AMOUNTS.items():
+            if value.startswith(phrase):
+                value = value.removeprefix(phrase)
+                labels.append(f"{SLOTS[slot]}_amount:{amount}")
+        value = value.replace(" ", "_")
+        labels.append(f"{SLOTS[slot]}:{value}")
+    return sorted(labels)
+
+# %% ../nbs/api/03_tasks.ipynb #tas00205
+INTENT_TEST = 186       # clips
+INTENT_VALID = 124      # clips
+
+
+def _intent_split(ids):
+    """The side of each clip: the last by lot are the test, the last of the others validate."""
+    by_lot_of_file = sorted(ids, key=lambda clip: _lot(f"audio/{clip}.opus"))
+    test = set(by_lot_of_file[-INTENT_TEST:])
+    others = sorted(set(ids) - test, key=_lot)
+    valid = set(others[-INTENT_VALID:])
+    sides = []
+    for clip in ids:
+        sides.append("test" if clip in test else "valid" if clip in valid else "train")
+    return sides
+
+# %% ../nbs/api/03_tasks.ipynb #tas00206
+SILENCE = 35        # dB below the loudest frame
+FRAME = .025        # s
+FRAME_HOP = .01     # s
+MARGIN = .05        # s that are kept on either side
+
+
+def _sounding_stretch(x, sample_rate):
+    """Start and length, in seconds, of a waveform (T,) without the silence at its ends."""
+    size = round(FRAME * sample_rate)
+    hop = round(FRAME_HOP * sample_rate)
+    if len(x) < size:
+        return 0., len(x) / sample_rate
+    power = x.unfold(0, size, hop).double().square().mean(1)        # (frames,)
+    is_sounding = power >= power.max() * 10 ** (-SILENCE / 10)
+    frames = is_sounding.nonzero().flatten()
+    margin = round(MARGIN * sample_rate)
+    first = max(0, int(frames[0]) * hop - margin)
+    last = min(len(x), int(frames[-1]) * hop + size + margin)
+    return first / sample_rate, (last - first) / sample_rate
+
+# %% ../nbs/api/03_tasks.ipynb #tas00208
+def _intent_orders(folder):
+    """Name, labels, side and stretch of every clip in the publisher's archive, a DataFrame."""
+    orders = json.loads((folder/"data"/"label"/"label.json").read_text(encoding="utf-8"))
+    rows = []
+    for file, order in sorted(orders.items()):
+        name = f"data/speech/clean/{file}"
+        stretch = _sounding_stretch(read_audio(folder/name, 16000), 16000)
+        rows.append(dict(name=name, labels=_slot_labels(order["slots"]), stretch=stretch))
+    rows = pd.DataFrame(rows)
+    ids = [Path(name).stem for name in rows["name"]]
+    return rows.assign(split=_intent_split(ids))
+
+# %% ../nbs/api/03_tasks.ipynb #tas00209
+@register_task(r"speech-to-intent", entry="speech-to-intent")
+def _speech_to_intent():
+    """Thirty-eight slot values of spoken orders, several in a clip; not speaker-disjoint."""
+    entry = "speech-to-intent"
+    folder = fetch(entry)
+    if (folder/"metadata.csv").is_file():
+        rows = pd.read_csv(folder/"metadata.csv")
+        return _entry_task(entry, names=rows["file"], labels=rows["labels"].str.split(), split=rows["split"])
+    rows = _intent_orders(folder)
+    return _entry_task(
+        entry,
+        names=rows["name"],
+        labels=rows["labels"],
+        split=rows["split"],
+        stretches=rows["stretch"],
+    )
+
 # %% ../nbs/api/03_tasks.ipynb #tas00045
 def _stratified_rest(rows, share):
     """A random share of the rows with the same proportions of species, as BEANS draws it."""
@@ -946,20 +1213,14 @@ def _nsynth():
     )
 
 # %% ../nbs/api/03_tasks.ipynb #tas00049
-def _in_hashed_share(name, share):
-    """Whether a name falls into a share of all names, by its SHA-256."""
-    digest = hashlib.sha256(name.encode()).hexdigest()
-    return int(digest[:8], 16) < share * 16 ** 8
-
-
 def _train_or_valid(names, share=.1):
     """The side of each training clip, a list: a share of them is held out for validation."""
-    return ["valid" if _in_hashed_share(name, share) else "train" for name in names]
+    return ["valid" if _lot(name) < share else "train" for name in names]
 
 # %% ../nbs/api/03_tasks.ipynb #tas00140
 @register_task(r"openmic18", entry="openmic18")
 def _openmic():
-    """Twenty instruments, several in a clip; unknown ones count as absent."""
+    """Twenty instruments, several in a clip; those that nobody judged are marked as unknown."""
     folder = fetch("openmic18")
     table = pd.read_csv(folder/"openmic-2018-aggregated-labels.csv")
     relevant = table[table["relevance"] >= .5]
@@ -967,13 +1228,17 @@ def _openmic():
     train = (folder/"partitions"/"split01_train.csv").read_text().split()
     test = (folder/"partitions"/"split01_test.csv").read_text().split()
     keys = train + test
-    return _entry_task(
+    classes = sorted(set(table["instrument"]))
+    judged = pd.crosstab(table["sample_key"], table["instrument"])
+    judged = judged.reindex(index=keys, columns=classes, fill_value=0)
+    task = _entry_task(
         "openmic18",
         names=[f"audio/{key[:3]}/{key}.ogg" for key in keys],
         labels=[instruments.get(key, []) for key in keys],
         split=_train_or_valid(train) + ["test"] * len(test),
-        classes=sorted(set(table["instrument"])),
+        classes=classes,
     )
+    return replace(task, known=judged.to_numpy() > 0)
 
 # %% ../nbs/api/03_tasks.ipynb #tas00052
 DRUMS = dict(KD="kick", SD="snare", HH="hi-hat", TT="tom", CY="cymbal", OT="other")
@@ -2087,40 +2352,59 @@ def csv_task(
     return _task_of(listing, sides, licence)
 
 # %% ../nbs/api/03_tasks.ipynb #tas99902
-def _single_label(name, wanted):
-    """A single-label task by name; an error that names the `wanted` part of it otherwise."""
+def _single_label(name, wanted, refused):
+    """A single-label task by name; `wanted` is the whole name, and `refused` the patterns of its last parts."""
+    pattern, _, _ = _registered(name)
+    if pattern in refused:
+        raise TaskError(f"{wanted}: write {FORM}, each part once and in this order")
     task = load_task(name)
     if task.multilabel:
         problem = "only single-label tasks can be cut to some of their classes, or to some clips of each"
         raise TaskError(f"{wanted}: {problem}")
     return task
 
+
+def _drawn_classes(classes, n, draw):
+    """The positions of N classes of a draw, rising."""
+    order = sorted(classes, key=lambda name: _lot(f"{draw} {name}"))
+    return sorted(classes.index(name) for name in order[:n])
+
 # %% ../nbs/api/03_tasks.ipynb #tas99902b
-@register_task(r"(.+)/(\d+)", name="TASK/N")
-def _first_classes(name, n):
-    """The first N classes of a single-label task."""
-    wanted = f"{name}/{n}"
-    task = _single_label(name, wanted)
+@register_task(_SOME_CLASSES, name="TASK/N")
+def _some_classes(name, n, draw):
+    """N classes of a single-label task at random; TASK/N#DRAW is another draw."""
+    wanted = f"{name}/{n}" if draw is None else f"{name}/{n}#{draw}"
     n = int(n)
+    task = _single_label(name, wanted, refused=(_SOME_CLASSES, _SOME_CLIPS))
     if not 2 <= n <= task.n_classes:
         raise TaskError(f"{wanted}: choose from 2 to {task.n_classes} classes")
-    is_kept = task.labels.numpy() < n
-    kept = task.subset(np.flatnonzero(is_kept))
-    return replace(kept, classes=task.classes[:n])
+    drawn = np.array(_drawn_classes(task.classes, n, int(draw or 0)))
+    labels = task.labels.numpy()
+    kept = task.subset(np.flatnonzero(np.isin(labels, drawn)))
+    new_ids = np.searchsorted(drawn, kept.labels.numpy())
+    return replace(kept, labels=new_ids, classes=[task.classes[c] for c in drawn])
+
+# %% ../nbs/api/03_tasks.ipynb #tas99906a
+def _shuffled_by_class(task, side):
+    """The positions of the clips of each class on one side, in a fixed random order; a list of arrays."""
+    positions = np.random.default_rng(0).permutation(task.indices(side))
+    labels = task.labels.numpy()[positions]
+    return [positions[labels == c] for c in range(task.n_classes)]
 
 # %% ../nbs/api/03_tasks.ipynb #tas99906
-@register_task(r"(.+):(\d+)", name="TASK:N")
+@register_task(_SOME_CLIPS, name="TASK:N")
 def _few_labels(name, k):
-    """A single-label task with N training clips of each class."""
-    wanted = f"{name}:{k}"
-    task = _single_label(name, wanted)
+    """A single-label task with N training clips of each class, and validation in proportion."""
     k = int(k)
-    train = np.random.default_rng(0).permutation(task.indices("train"))
-    labels = task.labels.numpy()[train]
-    fewest = np.bincount(labels, minlength=task.n_classes).min()
+    wanted = f"{name}:{k}"
+    task = _single_label(name, wanted, refused=(_SOME_CLIPS,))
+    train = _shuffled_by_class(task, "train")
+    fewest = min(map(len, train))
     if not 1 <= k <= fewest:
         raise TaskError(f"{wanted}: choose from 1 to {fewest} clips of each class")
-    kept = [task.indices("valid"), task.indices("test")]
-    for c in range(task.n_classes):
-        kept.append(train[labels == c][:k])
+    kept = [task.indices("test")]
+    for of_train, of_valid in zip(train, _shuffled_by_class(task, "valid")):
+        in_proportion = round(k / len(of_train) * len(of_valid))
+        kept.append(of_train[:k])
+        kept.append(of_valid[:max(1, in_proportion)])
     return task.subset(np.sort(np.concatenate(kept)))
