@@ -158,6 +158,10 @@ class LossFamily:
     single_label = None
     multi_label = None
 
+    def labels(self, task):
+        """The labels of a task in the form that the losses take; a label that is not known counts as absent."""
+        return task.labels
+
     def function(self, loss):
         """The function of a named loss; a callable is returned as it is."""
         if callable(loss):
@@ -177,6 +181,10 @@ class ClassificationFamily(LossFamily):
     registry = CLASSIFICATION_LOSSES
     single_label = "cross-entropy"
     multi_label = "bce"
+
+    def labels(self, task):
+        """The labels of a task, with NaN for each that is not known: the losses leave it out."""
+        return task.targets
 
     def option_names(self, loss):
         """Names that `TuneConfig.loss_options` may have; None if any."""
@@ -375,8 +383,9 @@ def _log_odds(labels, classes):
     """The minimum of binary cross-entropy: log odds of each label."""
     if labels.ndim != 2:
         return None
-    present = labels.double().sum(0)
-    absent = len(labels) - present
+    present = labels.double().nansum(0)
+    known = labels.isnan().logical_not().sum(0)
+    absent = known - present
     return ((present + 1) / (absent + 1)).log()
 
 
@@ -1543,12 +1552,12 @@ def _set_up_data(self: _Loop):
     """The training clips, their waveforms and the batch of every step."""
     sample_rate = self.backbone.sample_rate
     self.rows = self.task.indices("train")
-    self.labels = self.task.labels
+    self.labels = self.config.method_record.family.labels(self.task)
     self.waves = self.task.waveforms(sample_rate)
     self.window = None
     if self.config.max_seconds is not None:
         self.window = round(self.config.max_seconds * sample_rate) or 1
-    self.order = planned_batches(self.labels[self.rows], self.config)
+    self.order = planned_batches(self.task.labels[self.rows], self.config)
     self._check_smallest_step()
 
 # %% ../nbs/api/09_tuning.ipynb #tun10084

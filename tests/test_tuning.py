@@ -101,6 +101,25 @@ def test_closed_forms_agree_with_the_solver(loss, clips, classes):
     assert cost(constant) <= cost(solved) + 1e-9
 
 
+@pytest.mark.parametrize("method, loss", [("vanilla", "bce"), ("vanilla", "focal"), ("lp-ft", "bce")])
+def test_labels_that_nobody_judged_are_left_out(method, loss):
+    """By the base rates at which a classifier starts, and by every step; without them it would take them as absent."""
+    task = load_task("words-mix-8").subset(range(40))
+    present = task.labels.bool()
+    generator = torch.Generator().manual_seed(0)
+    partly_known = replace(task, known=present | (torch.rand(present.shape, generator=generator) < .3))
+    config = TuneConfig(method=method, loss=loss, passes=2, batch=16, lr=1e-3)
+    runs = [tune(load_backbone("log-mel"), each, config, progress=False) for each in (task, partly_known)]
+    known = partly_known.targets[task.indices("train")]
+    constant, chance = best_constant(CLASSIFICATION_LOSSES[loss], known, 8)
+    assert runs[1].chance == pytest.approx(chance) and np.isfinite(runs[1].log.loss).all()
+    assert runs[1].chance > 1.2 * runs[0].chance                # half of what is known is present
+    if method == "vanilla": assert runs[1].log.loss[0] == pytest.approx(chance, rel=.15)
+    if loss == "bce":
+        rates = (known.nansum(0) + 1) / ((~known.isnan()).sum(0) + 2)
+        assert constant.sigmoid().numpy() == pytest.approx(rates.numpy(), rel=1e-4)
+
+
 def test_gradient_caching_tunes_like_the_whole_batch():
     task = load_task("words-8")
     whole, parts = (tune(load_backbone("speech-embedding"), task, replace(CONFIG, micro_batch=m), progress=False) for m in (None, 16))
