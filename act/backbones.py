@@ -22,6 +22,7 @@ import platform
 import re
 import shutil
 import tempfile
+from numbers import Integral, Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -451,7 +452,7 @@ def load_backbone(name_or_folder, pretrained=True, trainable=None, **options):
 def _by_length(backbone, encode, x, lengths):
     """Encode a batch in groups of clips of equal length.
 
-    `encode(x, lengths)` returns vectors (b, F, D) and how many are real, (b,); so does this function, for all.
+    `encode(x, lengths)` returns vectors (b, F, D) and how many are real, (b,); so does this function.
     """
     if x.is_meta:
         return encode(x, lengths)
@@ -502,7 +503,7 @@ def _company_changes(backbone, seconds):
         alone = [backbone(clip[None, :n]) for clip, n in zip(x, lengths.tolist())]
     largest = (together - torch.cat(alone)).abs().max() / together.abs().max().clamp(min=1e-30)
     tolerance = max(1e-4, 8 * torch.finfo(backbone.dtype).eps)
-    return bool(largest > tolerance)
+    return not largest <= tolerance                               # also where it is not a number
 
 
 def _choose_batching(backbone, seconds):
@@ -514,7 +515,7 @@ def _choose_batching(backbone, seconds):
         if not _company_changes(backbone, seconds):
             return
     raise BackboneError(f"{backbone.name} embeds a clip differently beside others: its embeddings depend on "
-                        "the batch, or on chance; normalise each clip on its own, and draw nothing in eval mode")
+                        "the batch or on chance; normalise each clip alone, and draw nothing in eval mode")
 
 # %% ../nbs/api/06_backbones.ipynb #bac00206a
 @contextlib.contextmanager
@@ -571,7 +572,7 @@ class Wrapped(Backbone):
     def __init__(self, module, sample_rate, frames=None, min_seconds=0.):
         super().__init__()
         self.module = module
-        self.sample_rate = sample_rate
+        self.sample_rate = int(sample_rate)
         self.frames = frames
         self.min_seconds = min_seconds
         parameters = inspect.signature(module.forward).parameters
@@ -618,21 +619,31 @@ def frame_counts(self: Wrapped, lengths, frames):
     return counts
 
 # %% ../nbs/api/06_backbones.ipynb #bac00214
-def _check_wrap(module, sample_rate, frames, min_seconds):
-    """Refuse arguments of `wrap` that cannot be right."""
+def _check_module(module):
+    """Refuse what cannot be wrapped."""
     if isinstance(module, Backbone):
         raise BackboneError(f"{module.name or type(module).__name__} is a backbone already: use it as it is")
     if not isinstance(module, nn.Module):
         raise BackboneError(f"wrap takes an nn.Module, got {_in_words(module)}: "
                             "put functions into its forward()")
-    if isinstance(sample_rate, bool) or not isinstance(sample_rate, int) or sample_rate < 1:
+    if isinstance(module, torch.jit.ScriptModule):
+        raise BackboneError("wrap takes a module before torch.jit has compiled it, because results are "
+                            "cached by the code of its classes")
+
+
+def _is_count(value):
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
+
+
+def _check_numbers(sample_rate, frames, min_seconds):
+    """Refuse numbers that cannot describe a module."""
+    if not _is_count(sample_rate):
         raise BackboneError(f"sample_rate={sample_rate!r}: "
                             "the rate in Hz of the waveforms that the module takes")
-    is_hop = isinstance(frames, int) and not isinstance(frames, bool) and frames >= 1
-    if frames is not None and not is_hop and not callable(frames):
+    if frames is not None and not callable(frames) and not _is_count(frames):
         raise BackboneError(f"frames={frames!r}: the samples from one vector to the next, or a function "
                             "from lengths (B,) to numbers of vectors (B,)")
-    if not 0 <= min_seconds < float("inf"):
+    if not isinstance(min_seconds, Real) or not 0 <= min_seconds < math.inf:
         raise BackboneError(f"min_seconds={min_seconds!r}: a number of seconds, at least 0")
 
 # %% ../nbs/api/06_backbones.ipynb #bac00215
@@ -721,7 +732,8 @@ def wrap(module, sample_rate, dim=None, name=None, frames=None, min_seconds=0.,
         lets no gradient through; if `dim` or `frames` do not fit it; or if the embedding of a clip depends on
         the other clips of its batch.
     """
-    _check_wrap(module, sample_rate, frames, min_seconds)
+    _check_module(module)
+    _check_numbers(sample_rate, frames, min_seconds)
     backbone = Wrapped(module, sample_rate, frames, min_seconds).eval()
     kind = type(module)
     backbone.name = name or kind.__name__

@@ -8,7 +8,7 @@ import torch
 import torchaudio
 from torch import nn
 
-from act.backbones import (_BUILDERS, Backbone, BackboneError, Wrapped, _describe, load_backbone,
+from act.backbones import (_BUILDERS, BackboneError, Wrapped, _describe, load_backbone,
                            register_backbone, wrap)
 from act.embeddings import embed, fingerprint
 from act.tasks import load_task
@@ -123,7 +123,7 @@ def test_padding_and_neighbours_change_nothing(kind):
     assert all(p.requires_grad and p.grad is None for p in module.parameters())
     assert (backbone.equal_lengths, backbone.training) == (by_length, False)
     x, lengths = clips()
-    for mode in (False, True):                                     # batch norm keeps its statistics in training
+    for mode in (False, True):                     # batch norm keeps its statistics in training
         backbone.train(mode)
         for module in backbone.modules():
             if isinstance(module, nn.Dropout): module.p = 0.
@@ -181,6 +181,7 @@ def test_a_module_that_cannot_be_an_encoder_is_one_line(kind):
     (dict(module=lambda x: x), "takes an nn.Module, got a function"),
     (dict(module=Net), "takes an nn.Module, got a type"),
     (dict(module=load_backbone("log-mel")), "log-mel is a backbone already"),
+    (dict(module=torch.jit.trace(Net().eval(), torch.zeros(1, 800))), "before torch.jit has compiled it"),
     (dict(sample_rate=0), "sample_rate=0"),
     (dict(sample_rate=16e3), "sample_rate=16000.0"),
     (dict(dim=7), "dim=7, but Net returns vectors of 6"),
@@ -191,6 +192,7 @@ def test_a_module_that_cannot_be_an_encoder_is_one_line(kind):
     (dict(frames=lambda n: (n - 80) // 40 + 1, module=Net("frames")), "padding changes the embeddings"),
     (dict(frames=40, module=Net("vector")), "frames=40, padding changes"),
     (dict(min_seconds=-1), "min_seconds=-1"),
+    (dict(min_seconds="1"), "min_seconds='1'"),
 ])
 def test_wrong_arguments_are_one_line(change, message):
     arguments = dict(module=Net(), sample_rate=RATE) | change
@@ -274,8 +276,7 @@ def test_it_is_embedded_tuned_and_saved(registered, tmp_path, monkeypatch):
     backbone = wrap(Net(), RATE, name=registered)
     z = embed(backbone, task, progress=False)
     assert z.shape == (len(task), 6) and np.isfinite(z).all()
-    tuned = tune(backbone, task, TuneConfig(passes=1, lr=1e-2, batch=32), progress=False)
-    tuned = tuned if isinstance(tuned, Backbone) else backbone
+    tuned = tune(backbone, task, TuneConfig(passes=1, lr=1e-2, batch=32), progress=False).backbone
     assert not np.array_equal(embed(tuned, task, progress=False), z)
     again = load_backbone(tuned.save_pretrained(tmp_path / "saved"))
     x, lengths = clips()
