@@ -255,7 +255,8 @@ def chosen_table(long):
     Returns
     -------
     DataFrame
-        Of text: ``task, backbone, method, options, edge`` (if it is known), ``C`` (one per seed) and the validation scores in percent,
+        Of text: ``task, backbone, method, options, edge`` (if it is known), ``C`` (one per seed) and the
+        validation scores in percent,
         means over seeds.
     """
     keys = ["task", "backbone", "method"]

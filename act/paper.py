@@ -919,7 +919,18 @@ def compare_rows(rows, seeds, store, jobs=None, progress=True):
     -------
     dict of (task, backbone) to dict of str to list of dict
         For each row what `act.study.compare` returns.
+
+    Raises
+    ------
+    PaperError
+        If two rows have the same task and encoder.
+    StudyError
+        As for `act.study.compare`.
     """
+    names = [(row.task, row.backbone) for row in rows]
+    for task, backbone in names:
+        if names.count((task, backbone)) > 1:
+            raise PaperError(f"{task}, {backbone}: a table can hold one row of a task and an encoder, not two")
     runs = []
     for row in rows:
         for trials in _row_trials(row).values():
@@ -1028,8 +1039,8 @@ def parameters(section, defaults, namespace):
     Returns
     -------
     dict
-        The common parameters, and the options of the section over their defaults. An option that is named as a
-        common parameter, such as ``seeds``, takes its place.
+        The common parameters, and the options of the section over their defaults. An option that is named as
+        a common parameter, such as ``seeds``, takes its place.
 
     Raises
     ------

@@ -338,10 +338,11 @@ def protocol(trials, seeds):
     families = trials if by_row else {"": trials}
     chosen = " and ".join(_trials_text(*family) for family in families.items())
     return (
-        f"Test score in percent, mean over {seeds_text(seeds)} ± half-width of the 95 % interval (Student's t). "
+        f"Test score in percent, mean over {seeds_text(seeds)} ± half-width of the 95 % interval "
+        "(Student's t). "
         f"Every tuned method chose {chosen} by the mean of both probes on the validation split with seed 0; "
-        "where the best learning rate of a method lay at the edge, all methods of the row got one more, twice at "
-        "most; "
+        "where the best learning rate of a method lay at the edge, all methods of the row got one more, "
+        "at most twice; "
         "equal passes cost every method equally many clips through the encoder, and two views count twice. "
         "Linear probe: z-scored on the training split, L2 penalty chosen on validation. "
         "k-NN probe: cosine, k = 20, weights exp(sim / 0.07).")

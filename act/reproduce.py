@@ -603,11 +603,24 @@ def _few_clips_share(name):
     share = int(kept[1]) * row.classes / row.clips
     return 1. if np.isnan(share) else min(1., share)
 
+
+@lru_cache
+def _training_share(name):
+    """The share of a task's clips that are training clips: exact where the data is at hand, else at most."""
+    entry = _entry_of(name, load_manifest())
+    if entry is not None and list_entries().state[entry] != "fetched":
+        return _few_clips_share(name)
+    whole = re.sub(r":\d+$", "", name)      # task_hours counts it without :K
+    try:
+        return len(load_task(name).indices("train")) / len(load_task(whole))
+    except ActError:
+        return _few_clips_share(name)
+
 # %% ../nbs/api/18_reproduce.ipynb #rpd00029
 def _cost_of(run):
     """Precision, hours in training steps and, if its size is unknown, the task of a run."""
     hours = task_hours(run.task)
-    trained = training_passes(run) * _few_clips_share(run.task) * hours
+    trained = training_passes(run) * _training_share(run.task) * hours
     return dict(precision=run.config.precision if run.config else None,
                 hours=trained + FORWARD_SHARE * hours,
                 unknown=run.task if np.isnan(hours) else "")

@@ -565,7 +565,7 @@ def _metric_of(task):
 
 # %% ../nbs/api/15_study.ipynb #stu00430
 def _classified(outputs, task, rows):
-    """Scores of the classifier with these outputs (N, C), by split, and its predictions for the test clips."""
+    """Scores of the classifier with outputs (N, C), by split, and its predictions for the test clips."""
     if outputs is None:
         return None, {}
     predicted = outputs if task.multilabel else outputs.argmax(1)
@@ -979,8 +979,8 @@ def trial_runs(task, backbone, methods, trials, seed=0):
     Raises
     ------
     StudyError
-        If a method has nothing to choose from, if the methods do not have equally many trials, or if only some
-        of the trials have a learning rate.
+        If a method has nothing to choose from, if the methods do not have equally many trials, or if only
+        some of the trials have a learning rate.
     """
     tuned = [name for name, (method, _) in methods.items() if method != FROZEN]
     if tuned and not trials:
@@ -1127,7 +1127,8 @@ def compare(task, backbone, methods, trials, seeds, store, jobs=None, progress=T
         ``("frozen", {})`` needs no trials.
     trials : list of dict, or dict of such lists
         Options that each method chooses from; by method, see `trials_of`. If they differ in ``lr`` and the
-        best one of some method lies at the edge, one more is added for all methods, `EXTENSIONS` times at most.
+        best one of some method lies at the edge, one more is added for all methods, at most `EXTENSIONS`
+        times.
     seeds : sequence of int
         The first one is used to choose.
     store : Store
@@ -1145,7 +1146,8 @@ def compare(task, backbone, methods, trials, seeds, store, jobs=None, progress=T
     dict of str to list of dict
         For each name its records, seed by seed and within a seed fold by fold; for ``frozen`` one for each
         fold. Those of tuned encoders have one more field, ``grid``: the number of ``trials``, the learning
-        ``rates`` among them, and the ``edge`` (``"lower"``, ``"upper"`` or None) at which the chosen one lies.
+        ``rates`` among them, and the ``edge`` (``"lower"``, ``"upper"`` or None) at which the chosen one
+        lies.
 
     Raises
     ------
