@@ -408,6 +408,12 @@ def probe(embeddings: Path = typer.Argument(..., help="An .npz with embeddings, 
         typer.echo(dual._repr_markdown_())
 
 # %% ../nbs/api/20_cli.ipynb #cli00029
+def _task_of(where):
+    """The task of a folder, a CSV of labels, or a name."""
+    from act.classifier import open_task
+    return open_task(where)
+
+
 def _announce_task(task):
     """Print the size of a task before the work begins."""
     uses = dict(train="to tune on", valid="to choose by", test="to test on")
@@ -428,7 +434,7 @@ def _probe_task(encoder, task):
         parts.append((z[rows], task.labels[rows].numpy()))
     return dual_probe(*parts, classes=task.classes)
 
-# %% ../nbs/api/20_cli.ipynb #cli00070
+# %% ../nbs/api/20_cli.ipynb #cli00170
 TRIAL_FACTOR = 3        # between the learning rates of neighbouring trials
 
 
@@ -454,9 +460,10 @@ def _trial_configs(options, trials, encoder):
     rates = _learning_rates(trials, usual)
     if not rates:
         raise ActError("--trials 0: give at least one")
-    return [TuneConfig(**{**options, "lr": rate}) for rate in rates]
+    distinct = dict.fromkeys(rates)
+    return [TuneConfig(**{**options, "lr": rate}) for rate in distinct]
 
-# %% ../nbs/api/20_cli.ipynb #cli00071
+# %% ../nbs/api/20_cli.ipynb #cli00171
 def _tune_options(**options):
     """The options that were given; --per-class 0 shuffles."""
     given = {name: value for name, value in options.items() if value is not None}
@@ -487,7 +494,7 @@ def _choice_line(classifier):
     tried = [f"{rate} {score:.3f}" for rate, score in zip(trials["lr"], trials["validation score"])]
     return f"Settings: {line}; lr chosen by the mean validation score of both probes: {', '.join(tried)}"
 
-# %% ../nbs/api/20_cli.ipynb #cli00072
+# %% ../nbs/api/20_cli.ipynb #cli00172
 def _compared(before, after):
     """Both probes before and after tuning, for the model card; without test clips there is no comparison."""
     import pandas as pd
@@ -509,7 +516,7 @@ def _fold_scores(task, folds, seed, **options):
         typer.echo(f"{folds} folds, {probe}: {text}")
     return rows
 
-# %% ../nbs/api/20_cli.ipynb #cli00073
+# %% ../nbs/api/20_cli.ipynb #cli00173
 def _card(before, folds):
     """What the model card holds besides the sections of the classifier."""
     from act.study import provenance
@@ -521,7 +528,7 @@ def _card(before, folds):
         sections[f"Cross-validated test scores, {probe} (mean ± 95 % over folds)"] = cells
     return {**sections, "Provenance": provenance()}
 
-# %% ../nbs/api/20_cli.ipynb #cli00074
+# %% ../nbs/api/20_cli.ipynb #cli00174
 def _tuned(task, folds, seed, settings):
     """Both probes on the frozen encoder, the classifier with the tuned one, and cross-validated scores."""
     from act.classifier import AudioClassifier
@@ -540,11 +547,11 @@ def tune(where: Path = typer.Argument(..., callback=_home,
          lr: Optional[float] = typer.Option(None, help="Peak learning rate; by default the usual one."),
          batch: Optional[int] = typer.Option(None, min=1, help="Rows of a step: clips times views."),
          views: Optional[int] = typer.Option(None, min=1, help="Augmented views of a clip."),
-         per_class: Optional[int] = typer.Option(None, min=0, help="Clips of a class in a batch; 0: shuffled."),
+         per_class: Optional[int] = typer.Option(None, min=0, help="Clips of a class in a batch; 0: any."),
          precision: Optional[str] = typer.Option(None, help="Such as bf16-mixed."),
-         max_seconds: Optional[float] = typer.Option(None, help="Longer clips are read in windows of this length."),
+         max_seconds: Optional[float] = typer.Option(None, help="Cut longer clips to windows."),
          trials: Optional[str] = typer.Option(None, help="Learning rates to try, 3e-4,1e-3, or how many."),
-         folds: Optional[int] = typer.Option(None, min=2, help="Also test by cross-validation with so many folds."),
+         folds: Optional[int] = typer.Option(None, min=2, help="Cross-validate too, with so many folds."),
          seed: int = typer.Option(0, min=0),
          out: Path = typer.Option(Path("tuned"), callback=_home, help="Where the classifier goes."),
          force: bool = typer.Option(False, help="Save also where there are files which act did not write."),
@@ -554,13 +561,13 @@ def tune(where: Path = typer.Argument(..., callback=_home,
     Example: act tune my_audio/ --backbone speech-embedding --trials 3 --out my_model
     """
     from act.backbones import check_save_folder, load_backbone
-    from act.classifier import FROZEN, open_task
+    from act.classifier import FROZEN
     check_save_folder(out, force)
-    options = _tune_options(method=method, loss=loss, passes=passes, lr=lr, batch=batch, views=views, seed=seed,
-                            per_class=per_class, precision=precision, max_seconds=max_seconds)
+    options = _tune_options(method=method, loss=loss, passes=passes, lr=lr, batch=batch, views=views,
+                            per_class=per_class, precision=precision, max_seconds=max_seconds, seed=seed)
     encoder = load_backbone(backbone)
     config = None if method == FROZEN else _trial_configs(options, trials, encoder)
-    task = open_task(where)
+    task = _task_of(where)
     task.require("train", "valid", "test")
     settings = dict(backbone=encoder, method=method, config=config, max_seconds=max_seconds)
     with _stdout_free(as_json):
@@ -674,7 +681,7 @@ def _pass_over(path, error):
         message = f"{path}: {message}"
     tqdm.write(f"act: {message}; passed over", file=sys.stderr)
 
-# %% ../nbs/api/20_cli.ipynb #cli00075
+# %% ../nbs/api/20_cli.ipynb #cli00175
 def _predict_files(classifier, files, top, style, window=None, hop=None):
     """Print a line for each file or window; the number of files that could not be read."""
     from tqdm import tqdm
@@ -700,7 +707,7 @@ def predict(model: str = typer.Argument(..., help="A folder that act tune wrote,
             paths: List[Path] = typer.Argument(..., help="Recordings, or folders of recordings."),
             top: Optional[int] = typer.Option(None, min=1, help="How many labels to print for each file."),
             window: Optional[float] = typer.Option(None, help="Classify windows of so many seconds."),
-            hop: Optional[float] = typer.Option(None, help="Seconds between windows; by default as --window."),
+            hop: Optional[float] = typer.Option(None, help="Seconds from window to window."),
             as_json: bool = typer.Option(False, "--json", help="A JSON object for each file."),
             as_csv: bool = typer.Option(False, "--csv", help="A CSV with a row for each file.")):
     """Classify recordings with a model that act tune saved, one line for each file or window.
@@ -726,7 +733,7 @@ def predict(model: str = typer.Argument(..., help="A folder that act tune wrote,
     if failed:
         raise ActError(f"{failed} of {len(files)} files could not be classified")
 
-# %% ../nbs/api/20_cli.ipynb #cli00081
+# %% ../nbs/api/20_cli.ipynb #cli00181
 def _encoder_of(model):
     """The encoder of a name, a folder or a saved classifier, and the longest window that it is to see."""
     from act.backbones import load_backbone
@@ -740,14 +747,13 @@ def _encoder_of(model):
 
 def _labelled_task(paths, labels):
     """The task that is to be embedded, or None for recordings without labels."""
-    from act.classifier import open_task
     if len(paths) != 1:
         if labels: raise ActError("--labels takes one folder, table or task")
         return None
     path = full_path(paths[0])
     is_table = path.suffix.lower() in (".csv", ".tsv")
     if labels or is_table or _is_task_name(paths[0]):
-        return open_task(paths[0])
+        return _task_of(paths[0])
     return None
 
 
@@ -757,7 +763,7 @@ def _is_task_name(name):
     path = full_path(name)
     return not path.exists() and path.suffix.lower() not in AUDIO_SUFFIXES
 
-# %% ../nbs/api/20_cli.ipynb #cli00082
+# %% ../nbs/api/20_cli.ipynb #cli00182
 def _kept_arrays(task, rows):
     """Labels, split and groups of the clips of a task that were embedded."""
     import numpy as np
@@ -782,7 +788,7 @@ def _write_embeddings(writer, clips, outcomes):
             rows.append(row)
     return rows
 
-# %% ../nbs/api/20_cli.ipynb #cli00085
+# %% ../nbs/api/20_cli.ipynb #cli00185
 def _is_of_embed(path):
     """Whether a file was written by act embed."""
     import numpy as np
@@ -807,10 +813,10 @@ def _check_out(path):
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise ActError(f"--out {path}: {above} is not a folder that may be written to")
 
-# %% ../nbs/api/20_cli.ipynb #cli00083
+# %% ../nbs/api/20_cli.ipynb #cli00183
 @app.command()
-def embed(model: str = typer.Argument(..., help="A folder that act tune wrote, or an encoder (act backbones)."),
-          paths: List[str] = typer.Argument(..., help="Recordings, folders of them, a CSV of labels, or a task."),
+def embed(model: str = typer.Argument(..., help="A folder that act tune wrote, or an encoder."),
+          paths: List[str] = typer.Argument(..., help="Recordings, folders, a CSV of labels, or a task."),
           out: Path = typer.Option(Path("embeddings.npz"), callback=_home, help="The file to write."),
           labels: bool = typer.Option(False, "--labels", help="The sub-folders of the folder are classes."),
           batch: int = typer.Option(64, min=1, help="Clips that are encoded together, at most.")):

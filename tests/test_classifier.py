@@ -143,7 +143,7 @@ def test_tasks_of_paths(tones):
     assert not grouped.shared_groups and len(set(grouped.groups)) == 8
     several = make(paths, [[label, "tone"] for label in labels], None, None)
     assert several.multilabel and several.classes == ("cat", "dog", "tone")
-    hot = make(paths, np.eye(2)[[label == "dog" for label in labels]], None, None)
+    hot = make(paths, np.eye(2)[[int(label == "dog") for label in labels]], None, None)
     assert hot.classes == ("0", "1") and make(paths, torch.arange(16) % 2, None, None).classes == ("0", "1")
 
 
