@@ -34,7 +34,7 @@ from .embeddings import default_fabric, default_max_samples, embed, frozen_embed
 from .metrics import METRICS
 from .probes import (MULTI_LABEL_METRICS, PENALTIES, SINGLE_LABEL_METRICS, KNNProbe, LinearProbe,
                         dual_probe, nearest)
-from .tasks import _files_below
+from .tasks import files_below
 from .tuning import TuneConfig, tune
 
 # %% ../nbs/api/14_classifier.ipynb #clf00005
@@ -185,7 +185,7 @@ def audio_files(folder):
         If there are none, or a folder cannot be read.
     """
     folder = full_path(folder)
-    paths = [path for _, path in _files_below(folder) if decodable(path)]
+    paths = [path for _, path in files_below(folder) if decodable(path)]
     if not paths:
         raise ClassifierError(f"{folder}: holds no recordings")
     return sorted(paths)

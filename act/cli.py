@@ -410,7 +410,9 @@ def probe(embeddings: Path = typer.Argument(..., help="An .npz with embeddings, 
 # %% ../nbs/api/20_cli.ipynb #cli00029
 def _task_of(where):
     """The task of a folder, a CSV of labels, or a name."""
-    from act.tasks import TaskError, csv_task, folder_task, load_task
+    from act.tasks import OWN_DATA, TaskError, csv_task, folder_task, load_task
+    if str(where).startswith(OWN_DATA):
+        return load_task(str(where))
     if where.is_dir():
         return folder_task(where)
     if where.is_file() or where.suffix.lower() in (".csv", ".tsv"):

@@ -41,7 +41,7 @@ from .core import (DISK_FULL, REGISTRIES, ActError, cache_dir, code_of, device_k
 from .embeddings import embed, fingerprint
 from .geometry import geometry, purity
 from .probes import dual_probe
-from .tasks import SPLITS, load_task
+from .tasks import SPLITS, load_task, source_state
 from .tuning import METHODS, TuneConfig, option_pairs, tune, tuning_functions
 
 # %% ../nbs/api/15_study.ipynb #stu00006
@@ -119,14 +119,14 @@ def code_digest():
 
 # %% ../nbs/api/15_study.ipynb #stu00011
 @lru_cache(maxsize=8)
-def _load_task(name, revision):
+def _load_task(name, revision, files):
     return load_task(name)
 
 
 def _task(name):
-    """The task of this name, loaded once."""
+    """The task of this name, loaded once; anew when files that its name refers to changed."""
     revision = REGISTRIES["task"].revision
-    return _load_task(name, revision)
+    return _load_task(name, revision, source_state(name))
 
 
 @lru_cache(maxsize=64)
