@@ -592,7 +592,8 @@ def as_waveform(x):
         raise AudioError("holds samples that are not finite numbers; replace or remove it")
     peak = np.abs(samples).max()
     if peak > MAX_PEAK:
-        raise AudioError(f"has samples up to {peak:.0f}: scale them to [-1, 1] (16-bit samples: divide by 32768)")
+        remedy = "scale them to [-1, 1] (16-bit samples: divide by 32768)"
+        raise AudioError(f"has samples up to {peak:.0f}: {remedy}")
     return samples
 
 # %% ../nbs/api/02_audio.ipynb #aud00062
@@ -707,15 +708,15 @@ class RowClip:
     @property
     def content_digest(self):
         """SHA-256 of the encoded recording; it is computed once for bytes, anew for a file that changed."""
-        kept = self.__dict__.get("_digest")
-        if kept:
-            return kept
+        return self._digest_of_bytes or file_digest(self.recording)
+
+    @functools.cached_property
+    def _digest_of_bytes(self):
         recording = self.recording
         if not isinstance(recording, Encoded):
-            return file_digest(recording)
-        digest = content_of(np.frombuffer(recording.data, np.uint8))
-        self.__dict__["_digest"] = digest
-        return digest
+            return None
+        data = np.frombuffer(recording.data, np.uint8)
+        return content_of(data)
 
     @property
     def duration(self):
@@ -821,7 +822,7 @@ class Mixture:
         """The files it reads."""
         paths = []
         for clip in self.clips:
-            paths.extend(clip.paths)
+            paths.extend(getattr(clip, "paths", ()))
         return tuple(paths)
 
     @property

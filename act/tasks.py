@@ -2141,11 +2141,12 @@ from act.core import import_extra
 def _plain_list(values):
     """The entries of a tensor, an array or a column, or of a list of these, as Python objects."""
     if hasattr(values, "tolist"):
-        return values.tolist()
-    plain = []
-    for value in values:
-        plain.append(value.tolist() if hasattr(value, "tolist") else value)
-    return plain
+        values = values.tolist()
+    try:
+        values = list(values)
+    except TypeError:
+        raise TaskError(f"{values!r} is no list with one entry for each clip") from None
+    return [value.tolist() if hasattr(value, "tolist") else value for value in values]
 
 
 def _is_missing(label):
@@ -2157,14 +2158,23 @@ def _is_missing(label):
     return isinstance(label, (int, float)) and label < 0
 
 # %% ../nbs/api/03_tasks.ipynb #tas00204
+def _is_row(label):
+    """Whether a label is a list of labels."""
+    return isinstance(label, (list, tuple, set))
+
+
+def _is_single_id(row):
+    """Whether a list holds one number."""
+    return len(row) == 1 and not isinstance(list(row)[0], str)
+
+
 def _names_of_labels(labels, classes=None):
     """The name of each label ("" if it is missing), or a list of names for each; and all classes, or None."""
     if classes is not None:
         classes = tuple(_clean(str(name)) for name in classes)
-    rows = [label for label in labels if isinstance(label, (list, tuple, set))]
-    if rows and all(len(row) == 1 and not isinstance(row[0], str) for row in map(list, rows)):
-        return _names_of_labels([row[0] for row in rows], classes)      # a column of class ids
-    if rows:
+    if labels and all(_is_row(label) and _is_single_id(label) for label in labels):
+        labels = [list(row)[0] for row in labels]               # a column of class ids
+    if any(_is_row(label) for label in labels):
         return _names_of_rows(labels, classes)
     if any(isinstance(label, str) for label in labels):
         return _names_of_names(labels), classes
@@ -2180,7 +2190,8 @@ def _names_of_names(labels):
         elif isinstance(label, str):
             names.append(_clean(label))
         else:
-            raise TaskError(f"row {i} has the label {label!r} beside names: give names only, or class ids only")
+            remedy = "give names only, or class ids only"
+            raise TaskError(f"row {i} has the label {label!r} beside names: {remedy}")
     return names
 
 # %% ../nbs/api/03_tasks.ipynb #tas00206
@@ -2207,9 +2218,13 @@ def _names_of_rows(labels, classes):
     """The names in each row of names or of 0 and 1; and the classes."""
     rows = []
     for label in labels:
-        is_row = isinstance(label, (list, tuple, set))
-        rows.append(list(label) if is_row else "" if _is_missing(label) else [label])
+        if _is_row(label):
+            rows.append(list(label))
+        else:
+            rows.append("" if _is_missing(label) else [label])
     values = [value for row in rows for value in row]
+    if any(_is_row(value) for value in values):
+        raise TaskError("labels in lists of lists of lists: give lists of names, or multi-hot rows")
     if values and not any(isinstance(value, str) for value in values):
         return _names_of_hot(rows, classes)
     return [row if row == "" else _names_of_names(row) for row in rows], classes
@@ -2220,7 +2235,8 @@ def _names_of_hot(rows, classes):
     lengths = {len(row) for row in rows if row != ""}
     values = {value for row in rows for value in row}
     if len(lengths) > 1 or not values <= {0, 1}:
-        raise TaskError("lists of numbers must be multi-hot rows, a 0 or 1 for each class; or give lists of names")
+        forms = "multi-hot rows, a 0 or 1 for each class; or give lists of names"
+        raise TaskError(f"lists of numbers must be {forms}")
     n_columns = lengths.pop()
     if classes is None:
         classes = tuple(str(i) for i in range(n_columns))
@@ -2277,8 +2293,13 @@ def _sides_in(values):
 def _array_listing(name, waveforms, labels, sample_rate, classes, groups, split):
     """The listing of waveforms in memory."""
     sample_rate = _check_rate(sample_rate)
-    waveforms = list(waveforms)
-    labels, groups, split = [None if part is None else _plain_list(part) for part in (labels, groups, split)]
+    try:
+        waveforms = list(waveforms)
+    except TypeError:
+        raise TaskError(f"waveforms={waveforms!r}: give a list of arrays (T_i,), or an array (N, T)") from None
+    labels = _plain_list(labels)
+    groups = None if groups is None else _plain_list(groups)
+    split = None if split is None else _plain_list(split)
     _check_counts(len(waveforms), labels=labels, groups=groups, split=split)
     labels, classes = _names_of_labels(labels, classes)
     _check_known(labels, classes)
@@ -2291,7 +2312,7 @@ def _array_listing(name, waveforms, labels, sample_rate, classes, groups, split)
         names=[row for row, _ in reads],
         paths=[],
         labels=labels,
-        split=split and _sides_in(split),
+        split=None if split is None else _sides_in(split),
         groups=groups,
         problems=problems,
         notes=_notes_on_unlabelled(labels),
@@ -2419,7 +2440,7 @@ def _check_clip(clip):
 
 def _lacks_label(label):
     """Whether a label is missing; a list of labels, even an empty one, is not."""
-    return not isinstance(label, (list, tuple, set)) and _is_missing(label)
+    return not _is_row(label) and _is_missing(label)
 
 
 def _check_labelled(part, labels):
@@ -2548,7 +2569,7 @@ def _item_listing(part, ds, columns, sample_rate):
 
 # %% ../nbs/api/03_tasks.ipynb #tas00241
 def _parts_of(ds, split):
-    """(name, side, data set) of each part: of those in a dict, or of one data set without a name and a side."""
+    """(name, side, data set) of each part of a dict; of a single data set without a name and a side."""
     if not isinstance(ds, Mapping):
         return [("", None, ds)]
     chosen = {name: _side(str(name)) for name in ds} if split is None else split
@@ -2572,11 +2593,12 @@ def _part_listing(part, ds, columns, sample_rate):
         remedy = "give a Dataset (streaming=False) or DatasetDict, or a map-style PyTorch data set"
         raise TaskError(f"a {kind} has no rows to choose from: {remedy}")
     if not len(ds):
-        raise TaskError(f"{f'split {part!r}' if part else 'the data set'} has no rows")
+        raise TaskError(f"split {part!r} has no rows" if part else "the data set has no rows")
     if not _is_table(ds):
         return _item_listing(part, ds, columns, sample_rate)
     if sample_rate is not None:
-        raise TaskError(f"sample_rate={sample_rate}: the recordings of a Dataset have rates of their own; leave it out")
+        problem = "the recordings of a Dataset have rates of their own; leave it out"
+        raise TaskError(f"sample_rate={sample_rate}: {problem}")
     return _table_listing(part, ds, columns)
 
 # %% ../nbs/api/03_tasks.ipynb #tas00243
@@ -2672,17 +2694,17 @@ def from_dataset(
     Parameters
     ----------
     ds : datasets.Dataset, map-style torch.utils.data.Dataset, or a dict of either
-        A `DatasetDict` is such a dict. Items of a PyTorch data set are (waveform, sample_rate, label, ...), or
-        (waveform, label, ...) if `sample_rate` is given; waveforms are as `as_waveform` takes them.
+        A `DatasetDict` is such a dict. Items of a PyTorch data set are (waveform, sample_rate, label, ...),
+        or (waveform, label, ...) if `sample_rate` is given; waveforms are as `as_waveform` takes them.
     audio : str
         The column of type `Audio`.
     label : str or int
         The column of labels ("labels" is found, too): class ids with or without names, or names; lists of
         these make the task multi-label. In PyTorch data sets, the position of the label in an item.
     split : optional
-        For a dict, which of its parts to use and as what, such as ``{"train.clean": "train"}``; by default all,
-        whose names must be usual spellings of train, valid and test. For one data set, a column of sides or a
-        list of them.
+        For a dict, which of its parts to use and as what, such as ``{"train.clean": "train"}``; by default
+        all, whose names must be usual spellings of train, valid and test. For one data set, a column of sides
+        or a list of them.
     groups : str, int or list, optional
         The column (or position in an item) of what must stay together, such as the speaker; for one data set
         also a list.
@@ -2706,7 +2728,8 @@ def from_dataset(
     Raises
     ------
     TaskError
-        If a column or a part is missing, or a part has no labels; or naming the problems of rows, all at once.
+        If a column or a part is missing, or a part has no labels; or naming the problems of rows, all at
+        once.
 
     Warns
     -----
@@ -2784,7 +2807,7 @@ def _one_line(error):
     return " ".join(str(error).split()) or type(error).__name__
 
 # %% ../nbs/api/03_tasks.ipynb #tas00254
-@register_task(r"(?s)hub:(.+)", name="hub:OWNER/NAME", title="A data set of the Hugging Face Hub, or a folder of one")
+@register_task(r"(?s)hub:(.+)", name="hub:OWNER/NAME", title="A data set of the Hugging Face Hub, or a local one")
 def _hub(text):
     """A data set of the Hugging Face Hub."""
     wanted = _parse_hub(text)
@@ -2819,7 +2842,7 @@ def _own_path(name):
 
 # %% ../nbs/api/03_tasks.ipynb #tas00256
 def source_state(name):
-    """The files that the name of a task refers to, as they are now; a task may be kept while this is the same.
+    """The state of the files that the name of a task refers to; a loaded task is valid while it is the same.
 
     Parameters
     ----------
