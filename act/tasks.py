@@ -2163,17 +2163,19 @@ def _is_row(label):
     return isinstance(label, (list, tuple, set))
 
 
-def _is_single_id(row):
-    """Whether a list holds one number."""
-    return len(row) == 1 and not isinstance(list(row)[0], str)
+def _is_single_id(label):
+    """Whether a label is missing, or a list that holds one number."""
+    if not _is_row(label):
+        return _is_missing(label)
+    return len(label) == 1 and isinstance(list(label)[0], (int, float))
 
 
 def _names_of_labels(labels, classes=None):
     """The name of each label ("" if it is missing), or a list of names for each; and all classes, or None."""
     if classes is not None:
         classes = tuple(_clean(str(name)) for name in classes)
-    if labels and all(_is_row(label) and _is_single_id(label) for label in labels):
-        labels = [list(row)[0] for row in labels]               # a column of class ids
+    if all(_is_single_id(label) for label in labels):
+        labels = [list(label)[0] if _is_row(label) else None for label in labels]       # a column of ids
     if any(_is_row(label) for label in labels):
         return _names_of_rows(labels, classes)
     if any(isinstance(label, str) for label in labels):
@@ -2296,7 +2298,8 @@ def _array_listing(name, waveforms, labels, sample_rate, classes, groups, split)
     try:
         waveforms = list(waveforms)
     except TypeError:
-        raise TaskError(f"waveforms={waveforms!r}: give a list of arrays (T_i,), or an array (N, T)") from None
+        remedy = "give a list of arrays (T_i,), or an array (N, T)"
+        raise TaskError(f"waveforms={waveforms!r}: {remedy}") from None
     labels = _plain_list(labels)
     groups = None if groups is None else _plain_list(groups)
     split = None if split is None else _plain_list(split)
@@ -2807,7 +2810,7 @@ def _one_line(error):
     return " ".join(str(error).split()) or type(error).__name__
 
 # %% ../nbs/api/03_tasks.ipynb #tas00254
-@register_task(r"(?s)hub:(.+)", name="hub:OWNER/NAME", title="A data set of the Hugging Face Hub, or a local one")
+@register_task(r"(?s)hub:(.+)", name="hub:OWNER/NAME", title="A data set of the Hugging Face Hub")
 def _hub(text):
     """A data set of the Hugging Face Hub."""
     wanted = _parse_hub(text)
