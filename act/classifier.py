@@ -44,8 +44,8 @@ from .embeddings import default_fabric, default_max_samples, embed, frozen_embed
 from .metrics import METRICS
 from .probes import (MULTI_LABEL_METRICS, PENALTIES, SINGLE_LABEL_METRICS, KNNProbe, LinearProbe,
                         dual_probe, nearest)
-from .tasks import (AUDIO_SUFFIXES, SPLITS, Task, _files_below, _Listing, _task_of, csv_task, folder_task,
-                       load_task, split_groups)
+from .tasks import (AUDIO_SUFFIXES, OWN_DATA, SPLITS, Task, _Listing, _task_of, csv_task, files_below,
+                       folder_task, load_task, split_groups)
 from .tuning import TuneConfig, tune
 
 # %% ../nbs/api/14_classifier.ipynb #clf00005
@@ -197,7 +197,7 @@ def audio_files(folder):
         If there are none, or a folder cannot be read.
     """
     folder = full_path(folder)
-    paths = [path for _, path in _files_below(folder) if path.suffix.lower() in AUDIO_SUFFIXES]
+    paths = [path for _, path in files_below(folder) if path.suffix.lower() in AUDIO_SUFFIXES]
     if not paths:
         raise ClassifierError(f"{folder}: holds no recordings")
     return sorted(paths)
@@ -590,8 +590,9 @@ def open_task(where):
     path = full_path(where)
     if path.is_dir():
         return folder_task(path)
-    is_name = re.match(r"\w+:", str(where))             # such as csv:labels.csv
-    if path.is_file() or not is_name and path.suffix.lower() in (".csv", ".tsv"):
+    if str(where).startswith(OWN_DATA):
+        return load_task(str(where))
+    if path.is_file() or path.suffix.lower() in (".csv", ".tsv"):
         return csv_task(path)
     try:
         return load_task(str(where))

@@ -32,7 +32,7 @@ from .manifest import PROFILES, list_entries, load_manifest, names_of
 from .paper import ARTEFACTS, checked_profile, planned_runs, training_passes
 from .report import alternative_text, picture
 from .study import Store, code_digest, default_jobs, provenance
-from .tasks import list_tasks, load_task
+from .tasks import OWN_DATA, list_tasks, load_task
 from .tuning import EncoderWithHead, classifier_head
 
 # %% ../nbs/api/18_reproduce.ipynb #cli00008
@@ -546,7 +546,7 @@ BYTES_PER_SAMPLE = 2       # of unpacked audio: most data sets are 16-bit PCM
 
 
 def _rendered_hours(name):
-    """Hours of audio of a task that is rendered here, by some of its clips."""
+    """Hours of audio of a task that needs no fetching, by some of its clips."""
     try:
         task = load_task(name)
     except ActError:
@@ -580,6 +580,8 @@ def task_hours(name):
     float
         NaN where the manifest has no size.
     """
+    if name.startswith(OWN_DATA):
+        return _rendered_hours(name)
     base = re.split("[/:@#]", name)[0]
     listed = list_tasks()
     if base not in listed.index:

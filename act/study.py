@@ -43,7 +43,7 @@ from .embeddings import embed, fingerprint
 from .geometry import GeometryError, geometry, purity
 from .metrics import METRICS
 from .probes import dual_probe
-from .tasks import SPLITS, load_task
+from .tasks import SPLITS, load_task, source_state
 from .tuning import METHODS, TuneConfig, option_pairs, tune, tuning_functions
 
 # %% ../nbs/api/15_study.ipynb #stu00006
@@ -121,14 +121,14 @@ def code_digest():
 
 # %% ../nbs/api/15_study.ipynb #stu00011
 @lru_cache(maxsize=8)
-def _load_task(name, revision):
+def _load_task(name, revision, files):
     return load_task(name)
 
 
 def _task(name):
-    """The task of this name, loaded once."""
+    """The task of this name, loaded once; anew when files that its name refers to changed."""
     revision = REGISTRIES["task"].revision
-    return _load_task(name, revision)
+    return _load_task(name, revision, source_state(name))
 
 
 class _Encoder(NamedTuple):
