@@ -12,7 +12,7 @@ _HOMES = {
     "losses": ("ContrastiveLoss", "contrastive_loss"),
     "tuning": ("Augment", "TuneConfig", "tune"),
     "embeddings": ("embed",),
-    "probes": ("KNNProbe", "LinearProbe", "dual_probe"),
+    "probes": ("KNNProbe", "LinearProbe", "dual_probe", "probe"),
     "classifier": ("AudioClassifier",),
     "study": ("Run", "Store", "compare", "execute_all"),
 }

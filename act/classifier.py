@@ -33,7 +33,7 @@ from .core import ActError, file_digest, full_path
 from .embeddings import default_fabric, default_max_samples, embed, frozen_embeddings
 from .metrics import METRICS
 from .probes import (MULTI_LABEL_METRICS, PENALTIES, SINGLE_LABEL_METRICS, KNNProbe, LinearProbe,
-                        dual_probe, nearest)
+                        nearest, probe_embedding)
 from .tasks import _files_below
 from .tuning import TuneConfig, tune
 
@@ -433,11 +433,7 @@ class _Embedded:
         """Both probes read on the test clips, or None without any."""
         if not len(self.task.indices("test")):
             return None
-        parts = []
-        for name in ("train", "valid", "test"):
-            rows = self.task.indices(name)
-            parts.append((self.z[rows], self.task.labels[rows].numpy()))
-        return dual_probe(*parts, classes=self.task.classes)
+        return probe_embedding(self.z, self.task)
 
 # %% ../nbs/api/14_classifier.ipynb #clf00028
 def _fitted_probes(embedded, k, temperature):

@@ -428,24 +428,11 @@ def _announce_task(task):
     typer.echo(f"{task.name}: {len(task)} clips of {task.n_classes} classes; {', '.join(sides)}")
 
 # %% ../nbs/api/20_cli.ipynb #cli00050
-def _probe_task(encoder, task):
-    """Both probes on the embedding of a task."""
-    import numpy as np
-    from act.embeddings import embed
-    from act.probes import dual_probe
-    from act.tasks import SPLITS
-    z = np.asarray(embed(encoder, task))      # (N, D)
-    parts = []
-    for side in SPLITS:
-        rows = task.indices(side)
-        parts.append((z[rows], task.labels[rows].numpy()))
-    return dual_probe(*parts, classes=task.classes)
-
-
 def _before_and_after(encoder, task, config):
     """Both probes on the frozen encoder, and the classifier with the tuned one."""
     from act.classifier import AudioClassifier
-    before = _probe_task(encoder, task)
+    from act.probes import probe
+    before = probe(encoder, task)
     return before, AudioClassifier.train(task, encoder, config)
 
 
