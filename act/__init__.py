@@ -15,6 +15,7 @@ _HOMES = {
     "probes": ("KNNProbe", "LinearProbe", "dual_probe", "probe"),
     "classifier": ("AudioClassifier",),
     "study": ("Run", "Store", "compare", "execute_all"),
+    "comparison": ("compare_on",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME)

@@ -34,7 +34,7 @@ from .reproduce import FORWARD_SHARE, SAMPLED, audio_speed, page_template
 from .study import (FROZEN, Run, Store, compare, default_jobs, execute_all, provenance, run_embedding,
                        validation_score)
 from .tasks import SPLITS, load_task, register_task, split_groups
-from .tuning import METHODS, TuneConfig, tuning_functions
+from .tuning import METHODS, TuneConfig, criterion_of
 
 # %% ../nbs/api/18a_comparison.ipynb #cmp00006
 class ComparisonError(ActError):
@@ -42,6 +42,18 @@ class ComparisonError(ActError):
 
 # %% ../nbs/api/18a_comparison.ipynb #cmp00008
 MULTI_LABEL_NAMES = (FROZEN, "bce", "lp-ft bce", "mulsupcon", "jaccard")
+
+
+def _check_loss(name, config, task):
+    """Raise unless the loss of a method takes the labels of a task; it is tried on random outputs."""
+    labels = task.labels[:2].repeat(2, *[1] * (task.labels.ndim - 1))       # every clip has another of its class
+    outputs = torch.randn(len(labels), task.n_classes, generator=torch.Generator().manual_seed(0))
+    try:
+        _, criterion = criterion_of(config, task.multilabel)
+        criterion(outputs, labels)
+    except ActError as error:
+        kind = "several labels" if task.multilabel else "one label"
+        raise ComparisonError(f"methods: {name} does not fit a task with {kind} per clip ({error})") from None
 
 
 def methods_for(task, names=None):
@@ -66,10 +78,9 @@ def methods_for(task, names=None):
     methods = named_methods(names)
     if len(methods) < 2:
         raise ComparisonError(f"methods: {', '.join(methods)} alone cannot be compared; name two or more")
-    for method, options in methods.values():
+    for name, (method, options) in methods.items():
         if method != FROZEN:
-            config = TuneConfig(method=method, **options)
-            tuning_functions(config, task.multilabel)
+            _check_loss(name, TuneConfig(method=method, **options), task)
     return methods
 
 # %% ../nbs/api/18a_comparison.ipynb #cmp00012
@@ -133,7 +144,8 @@ def draw_folds(task, k, seed=0):
         If there are fewer groups than folds.
     """
     if k != int(k) or k < FEWEST_FOLDS:
-        raise ComparisonError(f"folds={k}: give a whole number from {FEWEST_FOLDS} up, or none for the task's split")
+        rule = f"give a whole number from {FEWEST_FOLDS} up, or none for the task's split"
+        raise ComparisonError(f"folds={k}: {rule}")
     k = int(k)
     shares = {str(i): 1 / k for i in range(k)}
     part = split_groups(task.labels, task.groups, shares, seed)
@@ -177,11 +189,12 @@ def _registered(folds):
 
 # %% ../nbs/api/18a_comparison.ipynb #cmp00023
 def _means(parts):
-    """Nested dicts of numbers, averaged number by number."""
+    """Nested dicts of numbers, averaged number by number; what some of them lack is left out."""
     first = parts[0]
     if not isinstance(first, dict):
         return float(np.mean(parts))
-    return {key: _means([part[key] for part in parts]) for key in first}
+    common = [key for key in first if all(key in part for part in parts)]
+    return {key: _means([part[key] for part in parts]) for key in common}
 
 
 def _joined_predictions(records):
@@ -217,7 +230,10 @@ def _over_folds(records, task):
     if len(records) == 1:
         return first
     clips = {side: sum(record["clips"][side] for record in records) for side in first["clips"]}
-    chosen = {name: float(np.median([record["chosen"][name] for record in records])) for name in first["chosen"]}
+    chosen = {}
+    for name in first["chosen"]:
+        values = [record["chosen"][name] for record in records]
+        chosen[name] = float(np.median(values))
     measures = _means([record["geometry"]["measures"] for record in records])
     return dict(
         key=first["key"],
@@ -283,8 +299,8 @@ def _fitted(plan, budget, minutes):
         smaller = _smaller(smaller)
     if smaller is None:
         least = math.ceil(minutes(least))
-        raise ComparisonError(f"budget: {budget:g} minutes are too few, the smallest comparison takes about {least}; "
-                              "give more, or fewer methods, encoders or folds")
+        problem = f"{budget:g} minutes are too few, the smallest comparison takes about {least}"
+        raise ComparisonError(f"budget: {problem}; give more, or fewer methods, encoders or folds")
     changes = []
     for name in LEAST:
         before, after = getattr(plan, name), getattr(smaller, name)
@@ -294,7 +310,7 @@ def _fitted(plan, budget, minutes):
 
 # %% ../nbs/api/18a_comparison.ipynb #cmp00030
 def _clip_seconds(task):
-    """Seconds of each clip, an array (N,); clips that do not know theirs count as the mean of some of them."""
+    """Seconds of each clip, an array (N,); a clip that does not know its own counts as the mean of some."""
     seconds = task.durations
     unknown = np.flatnonzero(np.isnan(seconds))
     if not len(unknown):
@@ -442,8 +458,10 @@ def _planned(request):
 def _plan_text(request, plan):
     """One line about what is going to be done."""
     runs = len(request.backbones) * plan.runs(request.methods)
-    text = (f"{request.task.name}: {runs} runs with {', '.join(request.backbones)}; {', '.join(request.methods)}; "
-            f"{plan.trials} trials, {plan.seeds} seeds, {plan.passes} passes, {plan.folds} folds")
+    encoders = ", ".join(request.backbones)
+    methods = ", ".join(request.methods)
+    sizes = f"{plan.trials} trials, {plan.seeds} seeds, {plan.passes} passes, {plan.folds} folds"
+    text = f"{request.task.name}: {runs} runs with {encoders}; {methods}; {sizes}"
     if not math.isnan(plan.minutes):
         text += f"; about {max(1, plan.minutes):.0f} minutes, {request.jobs} runs at once"
     if plan.cut:
@@ -489,8 +507,9 @@ def _compared(request, plan, names, store, progress):
     found = {}
     for backbone in request.backbones:
         trials = _trials_of_plan(request.trials[backbone], plan)
-        seeds = range(plan.seeds)
-        first = compare(names[0], backbone, request.methods, trials, list(seeds), store, request.jobs, progress)
+        seeds = list(range(plan.seeds))
+        row = (names[0], backbone, request.methods, trials, seeds)
+        first = compare(*row, store, request.jobs, progress)
         found[backbone] = _on_other_folds(first, names, store, request.jobs, progress)
     return found
 
@@ -578,6 +597,8 @@ class TaskComparison:
         Holds the report (``index.html``), tables, figures, records (``runs``) and the classifier (``model``).
     best : Run
         The run with the best mean validation score of both probes; the classifier is trained as it says.
+    trials : dict of str to list of dict
+        What every method chose from with each encoder.
     settings : str
         What was done, in one line.
     """
@@ -587,6 +608,7 @@ class TaskComparison:
     tested: tuple
     out: Path
     best: Run
+    trials: dict = field(repr=False, default_factory=dict)
     settings: str = field(repr=False, default="")
 
     @property
@@ -615,8 +637,8 @@ class TaskComparison:
 
     def _repr_markdown_(self):
         table = wide_table(self.scores, ["probe"]).reset_index()
-        parts = [*self.verdicts, *not_measured(self.scores), table.to_markdown(index=False, disable_numparse=True)]
-        return "\n\n".join(parts)
+        printed = table.to_markdown(index=False, disable_numparse=True)
+        return "\n\n".join([*self.verdicts, *not_measured(self.scores), printed])
 
 # %% ../nbs/api/18a_comparison.ipynb #cmp00049
 def _draw_scores(scores):
@@ -629,9 +651,10 @@ def _draw_scores(scores):
     for ax, probe in zip(axes, PROBE_NAMES):
         rows = done[done.probe == probe]
         heights = np.arange(len(rows))[::-1]
+        percent = 100 * rows["mean"].astype(float)
         half = 100 * np.nan_to_num(rows.ci95.astype(float))
-        ax.errorbar(100 * rows["mean"].astype(float), heights, xerr=half, fmt="none", ecolor="0.5")
-        ax.scatter(100 * rows["mean"].astype(float), heights, c=[colours[name] for name in rows.method], zorder=3)
+        ax.errorbar(percent, heights, xerr=half, fmt="none", ecolor="0.5")
+        ax.scatter(percent, heights, c=[colours[name] for name in rows.method], zorder=3)
         labels = rows.method if len(backbones) == 1 else rows.backbone + ", " + rows.method
         ax.set_yticks(heights, labels)
         ax.set(title=f"{PROBE_NAMES[probe]} probe", xlabel=f"{rows.metric.iloc[0]} in percent")
@@ -705,7 +728,8 @@ def _save_classifier(request, record, result, progress):
     if _is_saved(folder, key):
         return
     classifier = _train(request.task, result.best, progress)
-    classifier.card["Comparison"] = dict(record=key, setting=str(result.best), verdict=" ".join(result.verdicts))
+    facts = dict(record=key, setting=str(result.best), verdict=" ".join(result.verdicts))
+    classifier.card["Comparison"] = facts
     table = wide_table(result.scores, ["probe"]).reset_index()
     classifier.save_pretrained(folder, {"Compared": table, "Provenance": provenance()}, force=True)
 
@@ -726,9 +750,12 @@ def _tables(result):
     """Name, heading, long form, printed form and caption of every table."""
     scores, paired = result.scores, result.paired
     chosen = chosen_table(scores)
-    texts = protocol([{}] * result.plan.trials, result.plan.seeds)
+    trials = result.trials
+    if len(trials) == 1:
+        trials, = trials.values()
+    caption = protocol(trials, result.plan.seeds)
     return [
-        ("scores", "Scores", scores, wide_table(scores, ["probe"]).reset_index(), texts),
+        ("scores", "Scores", scores, wide_table(scores, ["probe"]).reset_index(), caption),
         ("paired", "Differences", paired, paired_text(paired), PAIRED_PROTOCOL),
         ("chosen", "What was chosen", chosen, chosen, ""),
         ("geometry", "Geometry of the test clips", *_geometry(result.comparisons), ""),
@@ -827,6 +854,7 @@ def _finished(request, plan, settings, found, maps, progress):
         tested=tuple(_under_test(request.methods)),
         out=request.out,
         best=_run_of(record, request.task.name),
+        trials={name: _trials_of_plan(trials, plan) for name, trials in request.trials.items()},
         settings=settings,
     )
     shown = ", ".join(request.methods)
