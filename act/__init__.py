@@ -12,9 +12,10 @@ _HOMES = {
     "losses": ("ContrastiveLoss", "contrastive_loss"),
     "tuning": ("Augment", "TuneConfig", "tune"),
     "embeddings": ("embed",),
-    "probes": ("KNNProbe", "LinearProbe", "dual_probe"),
+    "probes": ("KNNProbe", "LinearProbe", "dual_probe", "probe"),
     "classifier": ("AudioClassifier",),
     "study": ("Run", "Store", "compare", "execute_all"),
+    "comparison": ("compare_on",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME)

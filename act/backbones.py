@@ -1198,7 +1198,7 @@ for _name in _TORCHAUDIO:
     register_backbone(_name)(functools.partial(_torchaudio, _name))
 
 # %% ../nbs/api/06_backbones.ipynb #bac00101
-from .encoders import WHISPER_POSITIONS, WHISPER_SPAN, WHISPER_STEP
+from .encoders import WHISPER_POSITIONS, WHISPER_SPAN
 from .encoders import WhisperNetwork, read_whisper_network, whisper_log_mel, whisper_mel, whisper_vectors
 
 # %% ../nbs/api/06_backbones.ipynb #bac00102

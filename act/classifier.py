@@ -43,7 +43,7 @@ from .core import ActError, file_digest, full_path, import_extra, replacing
 from .embeddings import default_fabric, default_max_samples, embed, frozen_embeddings
 from .metrics import METRICS
 from .probes import (MULTI_LABEL_METRICS, PENALTIES, SINGLE_LABEL_METRICS, KNNProbe, LinearProbe,
-                        dual_probe, nearest)
+                        nearest, probe_embedding)
 from .tasks import (AUDIO_SUFFIXES, OWN_DATA, SPLITS, Task, _Listing, _task_of, csv_task, files_below,
                        folder_task, load_task, split_groups)
 from .tuning import TuneConfig, tune
@@ -719,11 +719,7 @@ class _Embedded:
         """Both probes read on the test clips, or None without any."""
         if not len(self.task.indices("test")):
             return None
-        parts = []
-        for name in ("train", "valid", "test"):
-            rows = self.task.indices(name)
-            parts.append((self.z[rows], self.task.labels[rows].numpy()))
-        return dual_probe(*parts, classes=self.task.classes)
+        return probe_embedding(self.z, self.task)
 
 # %% ../nbs/api/14_classifier.ipynb #clf00028
 def _fitted_probes(embedded, k, temperature):

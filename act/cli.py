@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'INTERRUPTED', 'SYSTEM_REMEDIES', 'study_app', 'main', 'reproduce', 'check_results', 'tasks', 'backbones',
-           'fetch', 'read_embeddings', 'probe', 'tune', 'predict', 'embed', 'status', 'doctor']
+           'fetch', 'read_embeddings', 'probe', 'tune', 'predict', 'embed', 'status', 'compare', 'doctor']
 
 # %% ../nbs/api/20_cli.ipynb #cli00003
 import contextlib
@@ -420,20 +420,6 @@ def _announce_task(task):
     sides = [f"{len(task.indices(side))} {use}" for side, use in uses.items()]
     typer.echo(f"{task.name}: {len(task)} clips of {task.n_classes} classes; {', '.join(sides)}")
 
-# %% ../nbs/api/20_cli.ipynb #cli00050
-def _probe_task(encoder, task):
-    """Both probes on the embedding of a task."""
-    import numpy as np
-    from act.embeddings import embed
-    from act.probes import dual_probe
-    from act.tasks import SPLITS
-    z = np.asarray(embed(encoder, task))      # (N, D)
-    parts = []
-    for side in SPLITS:
-        rows = task.indices(side)
-        parts.append((z[rows], task.labels[rows].numpy()))
-    return dual_probe(*parts, classes=task.classes)
-
 # %% ../nbs/api/20_cli.ipynb #cli00170
 TRIAL_FACTOR = 3        # between the learning rates of neighbouring trials
 
@@ -532,8 +518,9 @@ def _card(before, folds):
 def _tuned(task, folds, seed, settings):
     """Both probes on the frozen encoder, the classifier with the tuned one, and cross-validated scores."""
     from act.classifier import AudioClassifier
+    from act.probes import probe
     by_fold = _fold_scores(task, folds, seed, **settings) if folds else {}
-    before = _probe_task(settings["backbone"], task)
+    before = probe(settings["backbone"], task)
     return before, AudioClassifier.train(task, **settings), by_fold
 
 # %% ../nbs/api/20_cli.ipynb #cli00030
@@ -875,6 +862,50 @@ def _print_runs(frame):
         typer.echo(f"{row.status:7} {row.seconds or 0:7.0f} s  {what}")
     counts = frame.status.value_counts()
     typer.echo(", ".join(f"{count} {status}" for status, count in counts.items()))
+
+# %% ../nbs/api/20_cli.ipynb #cli00070
+@app.command()
+def compare(where: Path = typer.Argument(..., callback=_home,
+                                         help="A folder with a sub-folder a class, a CSV of labels, or a task."),
+            backbones: str = typer.Option("speech-embedding", help="Names, separated by commas; see act backbones."),
+            methods: Optional[str] = typer.Option(None, help="Such as frozen,vanilla,contrastive."),
+            seeds: int = typer.Option(3, min=1, help="Repeats of the chosen setting."),
+            folds: Optional[int] = typer.Option(None, help="Splits to draw; by default the split of the task."),
+            passes: int = typer.Option(8, min=1, help="Clip passes of a run over the training clips."),
+            budget: Optional[float] = typer.Option(None, help="Minutes; passes, trials and seeds are cut to fit."),
+            out: Path = typer.Option(Path("comparison"), callback=_home, help="Where report and classifier go."),
+            as_json: bool = AsJson):
+    """Compare ways of tuning on your audio, with a report and the best one as a classifier. Resumes where it ended.
+
+    Example: act compare my_audio/ --backbones speech-embedding,log-mel --budget 10
+    """
+    from act.comparison import compare_on
+    with _stdout_free(as_json):
+        task = _task_of(where)
+        _announce_task(task)
+        result = compare_on(task, _listed(backbones), _listed(methods), seeds=seeds, folds=folds, passes=passes,
+                            budget=budget, out=out)
+    _print_comparison(result, as_json)
+
+
+def _listed(names):
+    """The names in a comma-separated list; None if there is no list."""
+    if names is None:
+        return None
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
+def _print_comparison(result, as_json):
+    """The verdicts and the scores of a comparison, and where everything is."""
+    if as_json:
+        files = dict(report=str(result.out / "index.html"), model=str(result.model))
+        scores = json.loads(result.scores.to_json(orient="records"))
+        paired = json.loads(result.paired.to_json(orient="records"))
+        typer.echo(json.dumps(dict(files, verdicts=result.verdicts, scores=scores, paired=paired)))
+        return
+    typer.echo(f"\n{result._repr_markdown_()}\n")
+    typer.echo(f"report: {result.out / 'index.html'}")
+    typer.echo(f"classifier: {result.model} ({result.best}); act predict {result.model} FILES uses it")
 
 # %% ../nbs/api/20_cli.ipynb #cli00034
 MINIMUM_FREE = 8e9      # bytes, for the environment and the small data

@@ -970,14 +970,14 @@ def _home(function):
 
 
 def _is_added(registry, name):
-    """Whether a part was registered by someone other than act."""
+    """Whether a part was registered by someone other than act, or by act for a user (`of_user`)."""
     if name in registry.built_in:
         return False
     part = registry[name]
     functions = _callables(part)
     if _is_record(part) or not functions:
         return True            # act names its own records and data in `built_in`
-    return any(_home(function) != "act" for function in functions)
+    return any(_home(function) != "act" or getattr(function, "of_user", False) for function in functions)
 
 # %% ../nbs/api/00_core.ipynb #cor00475
 def _added_parts():

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['NEIGHBOURS', 'PENALTIES', 'check_embeddings', 'LinearProbe', 'nearest', 'KNNProbe', 'ProbeResult', 'DualProbe',
-           'dual_probe']
+           'dual_probe', 'probe_embedding', 'probe']
 
 # %% ../nbs/api/12_probes.ipynb #pro00003
 import warnings
 from dataclasses import dataclass
 from numbers import Integral, Real
+from os import PathLike
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -743,6 +744,17 @@ class DualProbe:
 PENALTIES = tuple(float(f"{10 ** p:.2g}") for p in np.linspace(-3, 2, 8))
 
 
+def _unfitted_probes(Cs, k, temperature, n_resamples):
+    """Both probes, their settings checked."""
+    linear = LinearProbe(Cs)
+    knn = KNNProbe(k, temperature)
+    linear._check_settings()
+    knn._check_settings()
+    if n_resamples:
+        check_resampling(n_resamples, level=.95, seed=0)
+    return linear, knn
+
+
 def dual_probe(train, valid, test, classes=None, Cs=PENALTIES, k=20, temperature=.07, n_resamples=1000):
     """Classify frozen embeddings with a linear and a k-NN probe.
 
@@ -770,12 +782,7 @@ def dual_probe(train, valid, test, classes=None, Cs=PENALTIES, k=20, temperature
     ProbeError
         If a setting is out of range, or embeddings or labels cannot be used; before a probe is fitted.
     """
-    linear = LinearProbe(Cs)
-    knn = KNNProbe(k, temperature)
-    linear._check_settings()
-    knn._check_settings()
-    if n_resamples:
-        check_resampling(n_resamples, level=.95, seed=0)
+    linear, knn = _unfitted_probes(Cs, k, temperature, n_resamples)
     train, valid, test = _checked_sides(train, valid, test)
 
     linear.fit(*train, validation=valid)
@@ -786,3 +793,76 @@ def dual_probe(train, valid, test, classes=None, Cs=PENALTIES, k=20, temperature
     of_linear = _score_test(linear, *test, {"C": linear.C_}, linear.validation_, n_resamples)
     of_knn = _score_test(knn, *test, chosen, sweep, n_resamples)
     return DualProbe(of_linear, of_knn, sizes, classes, n_resamples)
+
+# %% ../nbs/api/12_probes.ipynb #prb00032
+def probe_embedding(z, task, Cs=PENALTIES, k=20, temperature=.07, n_resamples=1000):
+    """Read the embedding of a task with both probes.
+
+    Parameters
+    ----------
+    z : array or Tensor (N, D)
+        The embedding of each clip of the task, in their order.
+    task : Task
+        With training, validation and test clips.
+    Cs, k, temperature, n_resamples
+        As for `dual_probe`.
+
+    Returns
+    -------
+    DualProbe
+
+    Raises
+    ------
+    ActError
+        If a side of the task has no clips, or as in `dual_probe`.
+    """
+    if len(z) != len(task):
+        raise ProbeError(f"{len(z)} embeddings, but the task {task.name} has {len(task)} clips")
+    task.require("train", "valid", "test")
+    parts = []
+    for side in ("train", "valid", "test"):
+        rows = task.indices(side)
+        parts.append((z[rows], task.labels[rows].numpy()))
+    return dual_probe(*parts, task.classes, Cs, k, temperature, n_resamples)
+
+# %% ../nbs/api/12_probes.ipynb #prb00033
+def probe(backbone, task, batch=64, max_seconds=None, progress=True, Cs=PENALTIES, k=20, temperature=.07,
+          n_resamples=1000):
+    """Embed a task, and read the embedding with both probes.
+
+    Parameters
+    ----------
+    backbone : Backbone or str
+        An encoder, or its name or folder for `load_backbone`.
+    task : Task or str
+        With training, validation and test clips; or its name for `load_task`.
+    batch : int
+        Clips that are embedded together, at most.
+    max_seconds : float, optional
+        A longer clip is embedded as the mean over windows of this length.
+    progress : bool
+        Show a progress bar of the embedding.
+    Cs, k, temperature, n_resamples
+        As for `dual_probe`.
+
+    Returns
+    -------
+    DualProbe
+
+    Raises
+    ------
+    ActError
+        If a setting is out of range, a side of the task has no clips or the encoder cannot be loaded; before
+        anything is embedded. Or as in `act.embeddings.embed`.
+    """
+    from act.backbones import load_backbone     # here, as probes alone need neither encoders nor audio
+    from act.embeddings import embed
+    from act.tasks import load_task
+    _unfitted_probes(Cs, k, temperature, n_resamples)
+    if isinstance(task, str):
+        task = load_task(task)
+    task.require("train", "valid", "test")
+    if isinstance(backbone, (str, PathLike)):
+        backbone = load_backbone(backbone)
+    z = embed(backbone, task, batch, progress=progress, max_seconds=max_seconds)
+    return probe_embedding(z, task, Cs, k, temperature, n_resamples)

@@ -14,7 +14,7 @@ from packaging.specifiers import SpecifierSet
 
 PAPER = sorted(Path(__file__).parents[1].glob("nbs/paper/*.ipynb"))
 ORDER = ("core manifest audio tasks words encoders backbones embeddings losses tuning metrics solver probes geometry "
-         "classifier study paper analysis report reproduce explorer cli").split()
+         "classifier study paper analysis report reproduce comparison explorer cli").split()
 
 
 @pytest.fixture(scope="module")
