@@ -7,8 +7,8 @@ __all__ = ['CONFIDENCE', 'PROBES', 'PROBE_NAMES', 'HEAD', 'PAIRED_COLUMNS', 'SEP
            'ROW_COLUMNS', 'CEILING', 'READS', 'FEWEST_RUNS', 'MATRIX_COLUMNS', 'NO_BASELINES', 'AnalysisError',
            'mean_interval', 'long_table', 'option_texts', 'not_measured', 'chosen_table', 'geometry_table',
            'paired_table', 'geometry_pairs', 'difference', 'class_gains', 'slope', 'Correlation', 'rank_correlation',
-           'recorded', 'derived_tables', 'side_of_zero', 'MeanEffect', 'mean_effect', 'judge', 'completed_rows',
-           'claim_rows', 'class_slopes', 'probe_geometry', 'claims']
+           'recorded', 'derived_tables', 'side_of_zero', 'MeanEffect', 'mean_effect', 'holm_sides', 'judge',
+           'completed_rows', 'claim_rows', 'class_slopes', 'probe_geometry', 'claims']
 
 # %% ../nbs/api/16a_analysis.ipynb #ana00003
 import json
@@ -917,13 +917,33 @@ def _random_effects(values, errors):
     meta = import_extra("statsmodels.stats.meta_analysis", "paper", "judging a claim", error=AnalysisError)
     variance = np.maximum((errors ** 2).mean(), _LEAST_ERROR ** 2)
     variances = np.full(len(values), variance)
-    combined = meta.combine_effects(values.to_numpy(), variances, method_re="iterated", use_t=True)
+    with np.errstate(divide="ignore"):      # of the share of variance between effects, which is not used
+        combined = meta.combine_effects(values.to_numpy(), variances, method_re="iterated", use_t=True)
     error = max(combined.sd_eff_w_re_hksj, combined.sd_eff_w_re)
     return add_errors(combined.mean_effect_re, (error, len(values) - 1))
 
+# %% ../nbs/api/16a_analysis.ipynb #ana00099
+def holm_sides(rows):
+    """On which side of zero each row lies after Holm's correction.
 
-def _holm_sides(rows):
-    "On which side of zero each row lies after Holm's correction."
+    Parameters
+    ----------
+    rows : DataFrame
+        With ``value`` and ``p``; a row without a p-value counts as undetected.
+
+    Returns
+    -------
+    list of {"above", "below", "around"}
+
+    Raises
+    ------
+    AnalysisError
+        If statsmodels is not installed.
+
+    References
+    ----------
+    Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 6, 1979.
+    """
     if not len(rows):
         return []
     multitest = import_extra("statsmodels.stats.multitest", "paper", "judging a claim", error=AnalysisError)
@@ -941,7 +961,7 @@ def judge(rows):
     Parameters
     ----------
     rows : DataFrame
-        With the columns of `ROW_COLUMNS`.
+        With the columns of `ROW_COLUMNS`, and ``side`` from `holm_sides` if it is known already.
 
     Returns
     -------
@@ -956,7 +976,7 @@ def judge(rows):
         If statsmodels is not installed.
     """
     mean = mean_effect(rows)
-    sides = _holm_sides(rows)
+    sides = list(rows.side) if "side" in rows else holm_sides(rows)
     counts = dict(above=sides.count("above"), below=sides.count("below"), open=sides.count("around"))
     return dict(
         verdict=_verdict(mean, **counts),
@@ -1342,9 +1362,10 @@ def claims(comparisons, derived=None):
     details = [pd.DataFrame(columns=["claim", *ROW_COLUMNS, "side", "unit"])]
     for claim in CLAIMS.load_installed().values():
         rows = completed_rows(claim.rows(comparisons, derived))
+        rows["side"] = holm_sides(rows)
         verdicts.append(_verdict_row(claim, rows))
         unit = "points" if claim.points else ""
-        details.append(rows.assign(claim=claim.text, side=_holm_sides(rows), unit=unit))
+        details.append(rows.assign(claim=claim.text, unit=unit))
     return dict(
         claims=pd.DataFrame(verdicts),
         claims_rows=_joined(details),
