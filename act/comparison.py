@@ -460,7 +460,8 @@ def _plan_text(request, plan):
     runs = len(request.backbones) * plan.runs(request.methods)
     encoders = ", ".join(request.backbones)
     methods = ", ".join(request.methods)
-    sizes = f"{plan.trials} trials, {plan.seeds} seeds, {plan.passes} passes, {plan.folds} folds"
+    splits = "one split" if plan.folds == 1 else f"{plan.folds} folds"
+    sizes = f"trials {plan.trials}, seeds {plan.seeds}, passes {plan.passes}, {splits}"
     text = f"{request.task.name}: {runs} runs with {encoders}; {methods}; {sizes}"
     if not math.isnan(plan.minutes):
         text += f"; about {max(1, plan.minutes):.0f} minutes, {request.jobs} runs at once"
@@ -580,6 +581,12 @@ def verdicts(paired, reference):
     return sentences
 
 # %% ../nbs/api/18a_comparison.ipynb #cmp00047
+def _printed_scores(scores):
+    """A row for each encoder and method, a column for each probe."""
+    wide = wide_table(scores, ["probe"])
+    return wide.reset_index().rename_axis(columns=None)
+
+
 @dataclass
 class TaskComparison:
     """The outcome of `compare_on`.
@@ -636,8 +643,7 @@ class TaskComparison:
         return AudioClassifier.from_pretrained(self.model)
 
     def _repr_markdown_(self):
-        table = wide_table(self.scores, ["probe"]).reset_index()
-        printed = table.to_markdown(index=False, disable_numparse=True)
+        printed = _printed_scores(self.scores).to_markdown(index=False, disable_numparse=True)
         return "\n\n".join([*self.verdicts, *not_measured(self.scores), printed])
 
 # %% ../nbs/api/18a_comparison.ipynb #cmp00049
@@ -653,7 +659,8 @@ def _draw_scores(scores):
         heights = np.arange(len(rows))[::-1]
         percent = 100 * rows["mean"].astype(float)
         half = 100 * np.nan_to_num(rows.ci95.astype(float))
-        ax.errorbar(percent, heights, xerr=half, fmt="none", ecolor="0.5")
+        below, above = np.minimum(half, percent), np.minimum(half, 100 - percent)      # scores end at 0 and 100
+        ax.errorbar(percent, heights, xerr=[below, above], fmt="none", ecolor="0.5")
         ax.scatter(percent, heights, c=[colours[name] for name in rows.method], zorder=3)
         labels = rows.method if len(backbones) == 1 else rows.backbone + ", " + rows.method
         ax.set_yticks(heights, labels)
@@ -730,8 +737,7 @@ def _save_classifier(request, record, result, progress):
     classifier = _train(request.task, result.best, progress)
     facts = dict(record=key, setting=str(result.best), verdict=" ".join(result.verdicts))
     classifier.card["Comparison"] = facts
-    table = wide_table(result.scores, ["probe"]).reset_index()
-    classifier.save_pretrained(folder, {"Compared": table, "Provenance": provenance()}, force=True)
+    classifier.save_pretrained(folder, {"Compared": _printed_scores(result.scores), "Provenance": provenance()}, force=True)
 
 # %% ../nbs/api/18a_comparison.ipynb #cmp00054
 def _geometry(comparisons):
@@ -755,7 +761,7 @@ def _tables(result):
         trials, = trials.values()
     caption = protocol(trials, result.plan.seeds)
     return [
-        ("scores", "Scores", scores, wide_table(scores, ["probe"]).reset_index(), caption),
+        ("scores", "Scores", scores, _printed_scores(scores), caption),
         ("paired", "Differences", paired, paired_text(paired), PAIRED_PROTOCOL),
         ("chosen", "What was chosen", chosen, chosen, ""),
         ("geometry", "Geometry of the test clips", *_geometry(result.comparisons), ""),
