@@ -8,7 +8,7 @@ _HOMES = {
     "core": ("ActError",),
     "manifest": ("fetch", "load_manifest"),
     "tasks": ("Task", "csv_task", "folder_task", "list_tasks", "load_task", "register_task"),
-    "backbones": ("Backbone", "list_backbones", "load_backbone", "register_backbone"),
+    "backbones": ("Backbone", "list_backbones", "load_backbone", "register_backbone", "wrap"),
     "losses": ("ContrastiveLoss", "contrastive_loss"),
     "tuning": ("Augment", "TuneConfig", "tune"),
     "embeddings": ("embed",),

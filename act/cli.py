@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'INTERRUPTED', 'SYSTEM_REMEDIES', 'study_app', 'main', 'reproduce', 'check_results', 'tasks', 'backbones',
-           'fetch', 'read_embeddings', 'probe', 'tune', 'predict', 'status', 'compare', 'doctor']
+           'fetch', 'read_embeddings', 'probe', 'tune', 'predict', 'embed', 'status', 'compare', 'doctor']
 
 # %% ../nbs/api/20_cli.ipynb #cli00003
 import contextlib
@@ -410,15 +410,8 @@ def probe(embeddings: Path = typer.Argument(..., help="An .npz with embeddings, 
 # %% ../nbs/api/20_cli.ipynb #cli00029
 def _task_of(where):
     """The task of a folder, a CSV of labels, or a name."""
-    from act.tasks import TaskError, csv_task, folder_task, load_task
-    if where.is_dir():
-        return folder_task(where)
-    if where.is_file() or where.suffix.lower() in (".csv", ".tsv"):
-        return csv_task(where)
-    try:
-        return load_task(str(where))
-    except TaskError as error:
-        raise TaskError(f"{where} is neither a folder nor a .csv here, and as a task: {error}") from None
+    from act.classifier import open_task
+    return open_task(where)
 
 
 def _announce_task(task):
@@ -427,53 +420,152 @@ def _announce_task(task):
     sides = [f"{len(task.indices(side))} {use}" for side, use in uses.items()]
     typer.echo(f"{task.name}: {len(task)} clips of {task.n_classes} classes; {', '.join(sides)}")
 
-# %% ../nbs/api/20_cli.ipynb #cli00050
-def _before_and_after(encoder, task, config):
-    """Both probes on the frozen encoder, and the classifier with the tuned one."""
-    from act.classifier import AudioClassifier
-    from act.probes import probe
-    before = probe(encoder, task)
-    return before, AudioClassifier.train(task, encoder, config)
+# %% ../nbs/api/20_cli.ipynb #cli00170
+TRIAL_FACTOR = 3        # between the learning rates of neighbouring trials
 
 
-def _card(before):
+def _learning_rates(trials, centre):
+    """The learning rates of the trials: as listed, or so many around the one of the encoder."""
+    try:
+        if trials.isdigit():
+            count = int(trials)
+            return [float(f"{centre * TRIAL_FACTOR ** (i - count // 2):.3g}") for i in range(count)]
+        return [float(rate) for rate in trials.split(",")]
+    except ValueError:
+        raise ActError(f"--trials {trials}: give learning rates, such as 3e-4,1e-3, "
+                       "or how many to try around the usual one") from None
+
+
+def _trial_configs(options, trials, encoder):
+    """A `TuneConfig` for each trial."""
+    from act.tuning import TuneConfig
+    config = TuneConfig(**options)
+    if trials is None:
+        return [config]
+    usual = config.lr or encoder.lr
+    rates = _learning_rates(trials, usual)
+    if not rates:
+        raise ActError("--trials 0: give at least one")
+    distinct = dict.fromkeys(rates)
+    return [TuneConfig(**{**options, "lr": rate}) for rate in distinct]
+
+# %% ../nbs/api/20_cli.ipynb #cli00171
+def _tune_options(**options):
+    """The options that were given; --per-class 0 shuffles."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if given.get("per_class") == 0:
+        given["per_class"] = None
+    return given
+
+
+_SHOWN_SETTINGS = ("passes", "lr", "batch", "views", "per_class", "precision", "max_seconds")
+
+
+def _chosen(classifier):
+    """What the encoder was tuned with, a dict; empty for a frozen one."""
+    config = classifier.config
+    if config is None:
+        return {}
+    loss = config.loss if isinstance(config.loss, str) else None
+    return dict(method=config.method, loss=loss, **{name: getattr(config, name) for name in _SHOWN_SETTINGS})
+
+
+def _choice_line(classifier):
+    """In one line: what the encoder was tuned with, and among what it was chosen."""
+    settings = [f"{name} {value}" for name, value in _chosen(classifier).items() if value is not None]
+    line = ", ".join(settings) or "the encoder is frozen"
+    trials = classifier.trials
+    if trials is None or len(trials) < 2:
+        return f"Settings: {line}"
+    tried = [f"{rate} {score:.3f}" for rate, score in zip(trials["lr"], trials["validation score"])]
+    return f"Settings: {line}; lr chosen by the mean validation score of both probes: {', '.join(tried)}"
+
+# %% ../nbs/api/20_cli.ipynb #cli00172
+def _compared(before, after):
+    """Both probes before and after tuning, for the model card; without test clips there is no comparison."""
+    import pandas as pd
+    frames = {"frozen": before.to_frame(), "tuned": after.to_frame()}
+    frame = pd.concat(frames, names=["encoder", "row"]).reset_index("encoder")
+    return frame.set_index(["encoder", "probe"])
+
+
+def _fold_scores(task, folds, seed, **options):
+    """Print cross-validated test scores; mean and 95 % half-width over folds for each probe and metric."""
+    from act.analysis import mean_interval
+    from act.classifier import cross_validate
+    scores = cross_validate(task, folds, seed, **options)
+    rows = {}
+    for probe, values in scores.groupby("probe", sort=False):
+        rows[probe] = {metric: mean_interval(values[metric]) for metric in values}
+    for probe, metrics in rows.items():
+        text = ", ".join(f"{metric} {mean:.3f} ± {half:.3f}" for metric, (mean, half) in metrics.items())
+        typer.echo(f"{folds} folds, {probe}: {text}")
+    return rows
+
+# %% ../nbs/api/20_cli.ipynb #cli00173
+def _card(before, folds):
     """What the model card holds besides the sections of the classifier."""
     from act.study import provenance
-    return {"Before tuning": before._repr_markdown_(),
-            "Provenance": provenance()}
+    sections = {}
+    if before is not None:
+        sections["Before tuning"] = before._repr_markdown_()
+    for probe, metrics in folds.items():
+        cells = {metric: f"{mean:.3f} ± {half:.3f}" for metric, (mean, half) in metrics.items()}
+        sections[f"Cross-validated test scores, {probe} (mean ± 95 % over folds)"] = cells
+    return {**sections, "Provenance": provenance()}
+
+# %% ../nbs/api/20_cli.ipynb #cli00174
+def _tuned(task, folds, seed, settings):
+    """Both probes on the frozen encoder, the classifier with the tuned one, and cross-validated scores."""
+    from act.classifier import AudioClassifier
+    from act.probes import probe
+    by_fold = _fold_scores(task, folds, seed, **settings) if folds else {}
+    before = probe(settings["backbone"], task)
+    return before, AudioClassifier.train(task, **settings), by_fold
 
 # %% ../nbs/api/20_cli.ipynb #cli00030
 @app.command()
 def tune(where: Path = typer.Argument(..., callback=_home,
                                       help="A folder with a sub-folder a class, a CSV of labels, or a task."),
          backbone: str = typer.Option("speech-embedding", help="See act backbones."),
-         method: str = typer.Option("contrastive", help="contrastive, vanilla or lp-ft."),
+         method: str = typer.Option("contrastive", help="contrastive, vanilla, lp-ft, or frozen."),
          loss: Optional[str] = typer.Option(None, help="Such as supcon, jaccard, bce."),
          passes: int = typer.Option(12, min=1, help="Clip passes over the training clips."),
-         lr: float = typer.Option(1e-3, help="Peak learning rate."),
+         lr: Optional[float] = typer.Option(None, help="Peak learning rate; by default the usual one."),
+         batch: Optional[int] = typer.Option(None, min=1, help="Rows of a step: clips times views."),
+         views: Optional[int] = typer.Option(None, min=1, help="Augmented views of a clip."),
+         per_class: Optional[int] = typer.Option(None, min=0, help="Clips of a class in a batch; 0: any."),
+         precision: Optional[str] = typer.Option(None, help="Such as bf16-mixed."),
+         max_seconds: Optional[float] = typer.Option(None, help="Cut longer clips to windows."),
+         trials: Optional[str] = typer.Option(None, help="Learning rates to try, 3e-4,1e-3, or how many."),
+         folds: Optional[int] = typer.Option(None, min=2, help="Cross-validate too, with so many folds."),
          seed: int = typer.Option(0, min=0),
          out: Path = typer.Option(Path("tuned"), callback=_home, help="Where the classifier goes."),
          force: bool = typer.Option(False, help="Save also where there are files which act did not write."),
          as_json: bool = AsJson):
     """Tune an encoder on your audio, probe it before and after, and save it as a classifier with its card.
 
-    Example: act tune my_audio/ --backbone speech-embedding --out my_model
+    Example: act tune my_audio/ --backbone speech-embedding --trials 3 --out my_model
     """
     from act.backbones import check_save_folder, load_backbone
-    from act.tuning import TuneConfig
+    from act.classifier import FROZEN
     check_save_folder(out, force)
-    config = TuneConfig(method=method, loss=loss, passes=passes, lr=lr, seed=seed)
+    options = _tune_options(method=method, loss=loss, passes=passes, lr=lr, batch=batch, views=views,
+                            per_class=per_class, precision=precision, max_seconds=max_seconds, seed=seed)
+    encoder = load_backbone(backbone)
+    config = None if method == FROZEN else _trial_configs(options, trials, encoder)
     task = _task_of(where)
     task.require("train", "valid", "test")
+    settings = dict(backbone=encoder, method=method, config=config, max_seconds=max_seconds)
     with _stdout_free(as_json):
         _announce_task(task)
-        encoder = load_backbone(backbone)
-        before, classifier = _before_and_after(encoder, task, config)
-    classifier.save_pretrained(out, _card(before), force)
-    _print_tuned(out, method, before, classifier, as_json)
+        before, classifier, by_fold = _tuned(task, folds, seed, settings)
+    compared = _compared(before, classifier.dual)
+    classifier.save_pretrained(out, _card(before, by_fold), force, compared)
+    _print_tuned(out, method, before, classifier, by_fold, as_json)
 
 # %% ../nbs/api/20_cli.ipynb #cli00051
-def _print_tuned(out, method, before, classifier, as_json):
+def _print_tuned(out, method, before, classifier, by_fold, as_json):
     """The scores of `act tune`, and where the classifier is."""
     after = classifier.dual
     ece_before = classifier.calibration.ece_before
@@ -481,9 +573,11 @@ def _print_tuned(out, method, before, classifier, as_json):
     if as_json:
         scores = dict(before=before.linear.metrics, after=after.linear.metrics,
                       knn_before=before.knn.metrics, knn_after=after.knn.metrics,
-                      ece_before=ece_before, ece_after=ece_after)
+                      ece_before=ece_before, ece_after=ece_after, chosen=_chosen(classifier))
+        if by_fold: scores["folds"] = by_fold
         typer.echo(json.dumps(dict(saved=str(out), **scores)))
         return
+    typer.echo(f"{_choice_line(classifier)}\n")
     typer.echo(f"before\n\n{before._repr_markdown_()}\n")
     typer.echo(f"after {method} tuning\n\n{after._repr_markdown_()}\n")
     typer.echo(f"Expected calibration error: {ece_before:.3f}, after calibration {ece_after:.3f}\n")
@@ -523,58 +617,97 @@ def _csv_line(values):
     return line.getvalue()
 
 
-def _csv_header(columns):
-    names = ["file", "predicted"]
+def _csv_header(columns, in_windows):
+    names = ["file", "start", "end", "predicted"] if in_windows else ["file", "predicted"]
     for i in range(1, columns + 1):
         names += [f"label_{i}", f"probability_{i}"]
     return _csv_line(names)
 
 
-def _prediction_line(path, predicted, best, style):
-    """A prediction as a line of text, JSON or CSV."""
+def _prediction_line(path, times, predicted, best, style):
+    """A prediction as a line of text, JSON or CSV; `times` are start and end of a window, or empty."""
     if style == "json":
+        window = dict(zip(("start", "end"), times))
         top = [dict(label=label, probability=round(p, 6)) for label, p in best]
-        return json.dumps(dict(file=str(path), predicted=predicted, top=top), ensure_ascii=False)
+        return json.dumps(dict(file=str(path), **window, predicted=predicted, top=top), ensure_ascii=False)
+    seconds = [f"{time:.3f}" for time in times]
     if style == "csv":
-        values = [path, predicted if isinstance(predicted, str) else ";".join(predicted)]
+        values = [path, *seconds, predicted if isinstance(predicted, str) else ";".join(predicted)]
         for label, p in best:
             values += [label, f"{p:.6f}"]
         return _csv_line(values)
     cells = [f"{label} {p:.3f}" for label, p in best] or ["(no label)"]
-    return "\t".join([str(path), *cells])
+    return "\t".join([str(path), *seconds, *cells])
 
 # %% ../nbs/api/20_cli.ipynb #cli00063
-def _predict_files(classifier, files, top, style):
-    """Print a line for each file; the number of files that could not be read."""
+def _outcomes(classifier, files, window, hop):
+    """Path, times and probabilities or error of each file, or of each window of it."""
+    if window is None:
+        for path, outcome in classifier.stream(files):
+            yield path, (), outcome
+        return
+    for path in files:
+        try:
+            for start, end, outcome in classifier.stream_windows(path, window, hop):
+                yield path, (start, end), outcome
+        except (ActError, OSError) as error:
+            yield path, (), error
+
+
+def _progress_bar(total, what):
+    """A progress bar on stderr, where that is a terminal."""
     from tqdm import tqdm
-    stream = classifier.stream(files)
-    bar = tqdm(stream, total=len(files), desc="predict", file=sys.stderr, disable=None, ncols=80)
-    failed = 0
-    for path, outcome in bar:
-        if isinstance(outcome, ActError):
-            failed += 1
-            tqdm.write(f"act: {outcome}; passed over", file=sys.stderr)
-            continue
-        best = _best_labels(classifier, outcome, top)
-        predicted = classifier.labels_of(outcome)
-        with tqdm.external_write_mode(file=sys.stdout):
-            typer.echo(_prediction_line(path, predicted, best, style))
-    return failed
+    return tqdm(total=total, desc=what, file=sys.stderr, disable=None, ncols=80)
+
+
+def _pass_over(path, error):
+    """Name a file that could not be read, with the reason, on stderr."""
+    from tqdm import tqdm
+    message = " ".join(str(error).split())
+    if str(path) not in message:
+        message = f"{path}: {message}"
+    tqdm.write(f"act: {message}; passed over", file=sys.stderr)
+
+# %% ../nbs/api/20_cli.ipynb #cli00175
+def _predict_files(classifier, files, top, style, window=None, hop=None):
+    """Print a line for each file or window; the number of files that could not be read."""
+    from tqdm import tqdm
+    failed = set()
+    last = None
+    with _progress_bar(len(files), "predict") as bar:
+        for path, times, outcome in _outcomes(classifier, files, window, hop):
+            bar.update(path is not last)
+            last = path
+            if isinstance(outcome, Exception):
+                if id(path) not in failed: _pass_over(path, outcome)
+                failed.add(id(path))
+                continue
+            best = _best_labels(classifier, outcome, top)
+            predicted = classifier.labels_of(outcome)
+            with tqdm.external_write_mode(file=sys.stdout):
+                typer.echo(_prediction_line(path, times, predicted, best, style))
+    return len(failed)
 
 # %% ../nbs/api/20_cli.ipynb #cli00064
 @app.command()
-def predict(model: Path = typer.Argument(..., callback=_home, help="A folder that act tune wrote."),
+def predict(model: str = typer.Argument(..., help="A folder that act tune wrote, or hf:OWNER/NAME."),
             paths: List[Path] = typer.Argument(..., help="Recordings, or folders of recordings."),
             top: Optional[int] = typer.Option(None, min=1, help="How many labels to print for each file."),
+            window: Optional[float] = typer.Option(None, help="Classify windows of so many seconds."),
+            hop: Optional[float] = typer.Option(None, help="Seconds from window to window."),
             as_json: bool = typer.Option(False, "--json", help="A JSON object for each file."),
             as_csv: bool = typer.Option(False, "--csv", help="A CSV with a row for each file.")):
-    """Classify recordings with a model that act tune saved, one line for each file.
+    """Classify recordings with a model that act tune saved, one line for each file or window.
 
-    Example: act predict my_model new_recordings/ --top 3
+    Examples: act predict my_model new_recordings/ --top 3;  act predict my_model hour.flac --window 2 --hop 1
     """
-    from act.classifier import AudioClassifier
+    from act.classifier import AudioClassifier, check_windows
     if as_json and as_csv:
         raise ActError("choose one of --json and --csv")
+    if hop is not None and window is None:
+        raise ActError("--hop needs --window, the length of a window in seconds")
+    if window is not None:
+        check_windows(window, window if hop is None else hop)
     files = _files_of([full_path(path) for path in paths])
     classifier = AudioClassifier.from_pretrained(model)
     columns = min(top or 1, len(classifier.classes))
@@ -582,10 +715,119 @@ def predict(model: Path = typer.Argument(..., callback=_home, help="A folder tha
     if as_csv:
         style = "csv"
         top = columns
-        typer.echo(_csv_header(columns))
-    failed = _predict_files(classifier, files, top, style)
+        typer.echo(_csv_header(columns, window is not None))
+    failed = _predict_files(classifier, files, top, style, window, hop)
     if failed:
         raise ActError(f"{failed} of {len(files)} files could not be classified")
+
+# %% ../nbs/api/20_cli.ipynb #cli00181
+def _encoder_of(model):
+    """The encoder of a name, a folder or a saved classifier, and the longest window that it is to see."""
+    from act.backbones import load_backbone
+    from act.classifier import CLASSIFIER, AudioClassifier
+    folder = full_path(model)
+    if (folder / CLASSIFIER).is_file():
+        classifier = AudioClassifier.from_pretrained(folder)
+        return classifier.backbone, classifier.max_seconds
+    return load_backbone(model), None
+
+
+def _labelled_task(paths, labels):
+    """The task that is to be embedded, or None for recordings without labels."""
+    if len(paths) != 1:
+        if labels: raise ActError("--labels takes one folder, table or task")
+        return None
+    path = full_path(paths[0])
+    is_table = path.suffix.lower() in (".csv", ".tsv")
+    if labels or is_table or _is_task_name(paths[0]):
+        return _task_of(paths[0])
+    return None
+
+
+def _is_task_name(name):
+    """Whether a name can only be that of a task, since it is neither a file here nor that of a recording."""
+    from act.tasks import AUDIO_SUFFIXES
+    path = full_path(name)
+    return not path.exists() and path.suffix.lower() not in AUDIO_SUFFIXES
+
+# %% ../nbs/api/20_cli.ipynb #cli00182
+def _kept_arrays(task, rows):
+    """Labels, split and groups of the clips of a task that were embedded."""
+    import numpy as np
+    labels = task.labels.numpy()[rows]
+    arrays = dict(split=task.split[rows], classes=np.array(task.classes))
+    arrays["labels"] = labels if task.multilabel else arrays["classes"][labels]
+    if task.groups is not None:
+        arrays["groups"] = task.groups[rows]
+    return arrays
+
+
+def _write_embeddings(writer, clips, outcomes):
+    """Write the embeddings that there are; their positions."""
+    rows = []
+    with _progress_bar(len(clips), "embed") as bar:
+        for row, (clip, outcome) in enumerate(outcomes):
+            bar.update()
+            if isinstance(outcome, ActError):
+                _pass_over(getattr(clip, "key", clip), outcome)
+                continue
+            writer.add(outcome)
+            rows.append(row)
+    return rows
+
+# %% ../nbs/api/20_cli.ipynb #cli00185
+def _is_of_embed(path):
+    """Whether a file was written by act embed."""
+    import numpy as np
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {"embeddings", "files"} <= set(file.files)
+    except Exception:                   # whatever it is, it is not ours
+        return False
+
+
+def _check_out(path):
+    """Refuse a place where the file cannot go, before anything is computed."""
+    if path.suffix.lower() != ".npz":
+        raise ActError(f"--out {path}: name a file that ends in .npz")
+    if path.is_dir():
+        raise ActError(f"--out {path}: is a folder; name a file in it")
+    if path.exists() and not _is_of_embed(path):
+        raise ActError(f"--out {path}: exists and was not written by act embed; choose another name")
+    above = path.absolute().parent
+    while not above.exists():
+        above = above.parent
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ActError(f"--out {path}: {above} is not a folder that may be written to")
+
+# %% ../nbs/api/20_cli.ipynb #cli00183
+@app.command()
+def embed(model: str = typer.Argument(..., help="A folder that act tune wrote, or an encoder."),
+          paths: List[str] = typer.Argument(..., help="Recordings, folders, a CSV of labels, or a task."),
+          out: Path = typer.Option(Path("embeddings.npz"), callback=_home, help="The file to write."),
+          labels: bool = typer.Option(False, "--labels", help="The sub-folders of the folder are classes."),
+          batch: int = typer.Option(64, min=1, help="Clips that are encoded together, at most.")):
+    """Write the embeddings of recordings into an .npz, in constant memory.
+
+    Examples: act embed my_model new_recordings/;  act embed log-mel my_audio/ --labels --out z.npz
+    """
+    import numpy as np
+    from act.classifier import EmbeddingWriter, stream_embeddings
+    _check_out(out)
+    task = _labelled_task(paths, labels)
+    clips = _files_of([full_path(path) for path in paths]) if task is None else task.clips
+    encoder, max_seconds = _encoder_of(model)
+    with EmbeddingWriter(out, encoder.dim) as writer:
+        outcomes = stream_embeddings(encoder, clips, batch=batch, max_seconds=max_seconds)
+        rows = _write_embeddings(writer, clips, outcomes)
+        if not rows:
+            raise ActError(f"none of {len(clips)} recordings could be embedded; {out} is not written")
+        arrays = {} if task is None else _kept_arrays(task, rows)
+        files = np.array([str(getattr(clips[row], "key", clips[row])) for row in rows])
+        writer.save(files=files, **arrays)
+    typer.echo(f"{out}: embeddings {(writer.count, encoder.dim)}, {', '.join(['files', *arrays])}")
+    if len(rows) < len(clips):
+        raise ActError(f"{len(clips) - len(rows)} of {len(clips)} recordings could not be embedded")
 
 # %% ../nbs/api/20_cli.ipynb #cli00032
 study_app = typer.Typer(help="Look into a folder of run records.", no_args_is_help=True)

@@ -644,7 +644,7 @@ def code_of(*parts):
     return dict(sorted(code.parts.items()))
 
 # %% ../nbs/api/00_core.ipynb #cor00034
-_DISPLAYED = {"training", "trainable", "options", "name", "source", "licence"}       # do not compute anything
+_DISPLAYED = {"training", "trainable", "options", "name", "name_or_path", "source", "licence"}    # do not compute
 
 
 @functools.lru_cache(maxsize=1)

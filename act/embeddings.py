@@ -11,7 +11,7 @@ __all__ = ['LENGTHS_PER_OCTAVE', 'CPU_BYTES', 'GPU_SHARE', 'FREE_SHARE', 'LEAST_
 import math
 import os
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from lightning.fabric import Fabric
 from torch.autograd.graph import saved_tensors_hooks
 from tqdm import tqdm
 
+from .backbones import all_trainable
 from .core import ActError, cache_path, code_of, content_of, device_kind, full_path
 from .core import identity, libraries_of, state_of, versions
 
@@ -209,19 +210,6 @@ def _container_bytes(folder=Path("/sys/fs/cgroup")):
     except (OSError, ValueError):
         return math.inf
     return limit - int(used["anon"])
-
-# %% ../nbs/api/07_embeddings.ipynb #emb00102
-@contextmanager
-def _all_trainable(backbone):
-    """Set all parameters trainable within the block."""
-    frozen = [p for p in backbone.parameters() if p.is_floating_point() and not p.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
 
 # %% ../nbs/api/07_embeddings.ipynb #emb00102b
 def _kept_bytes(backbone, x):
@@ -443,7 +431,7 @@ def _compute(path, backbone, task, fabric, batch, max_samples, max_seconds, prog
     """Compute the embedding of a task into a temporary file and rename it at the end."""
     waves = task.waveforms(backbone.sample_rate)
     backbone.to(fabric.device).eval()
-    with _all_trainable(backbone):
+    with all_trainable(backbone):
         max_samples = samples_per_batch(backbone, fabric, max_samples)
     temporary = path.with_name(f"{path.stem}.tmp")          # the same in all processes
     try:

@@ -9,8 +9,8 @@ __all__ = ['SPEECH_WINDOW', 'SPEECH_STRIDE', 'SPEECH_STAGES', 'AISFX_WINDOW', 'A
            'read_speech_network', 'warped_filters', 'aisfx_mel', 'aisfx_network', 'read_aisfx_network', 'ge2e_mel',
            'GE2ENetwork', 'read_ge2e_network', 'ge2e_windows', 'read_tensorflow_checkpoint', 'musicnn_mel', 'MusicVGG',
            'MusiCNN', 'MusiCNNBackend', 'load_musicnn', 'read_music_vgg', 'read_musicnn', 'MaskedGroupNorm',
-           'unit_variance', 'whisper_mel', 'whisper_log_mel', 'sinusoids', 'WhisperLayer', 'WhisperNetwork',
-           'read_ctranslate2', 'read_whisper_network']
+           'unit_variance', 'whisper_mel', 'whisper_vectors', 'whisper_log_mel', 'sinusoids', 'WhisperLayer',
+           'WhisperNetwork', 'read_ctranslate2', 'read_whisper_network']
 
 # %% ../nbs/api/05_encoders.ipynb #enc00003
 import math
@@ -796,6 +796,11 @@ def whisper_mel():
     window = torch.hann_window(400)
     filters = slaney_filters(16000, 400, 80)
     return MelSpectrogram(window, filters, hop=160)
+
+
+def whisper_vectors(lengths):
+    """Vectors of Whisper for clips of so many samples: (B,) -> (B,)."""
+    return (lengths + WHISPER_STEP - 1) // WHISPER_STEP
 
 # %% ../nbs/api/05_encoders.ipynb #enc00063
 def whisper_log_mel(mel, x):

@@ -4,25 +4,24 @@
 
 # %% auto #0
 __all__ = ['anywidget', 'traitlets', 'Image', 'PERPLEXITY', 'LISTED_NEIGHBOURS', 'PICTURE', 'ExplorerError', 'unit_rows',
-           'flat_map', 'similar_clips', 'sound_address', 'picture_address', 'explorer_data', 'Explorer', 'explore']
+           'flat_map', 'similar_clips', 'picture_address', 'explorer_data', 'Explorer', 'explore']
 
 # %% ../nbs/api/19_explorer.ipynb #exp00003
-import base64
 import html
 import io
 import json
 
 import numpy as np
-import soundfile
 import torch.nn.functional as F
 from matplotlib import colormaps
 from sklearn.manifold import TSNE
 from torchaudio.transforms import MelSpectrogram
 
+from .audio import data_url, sound_address
 from .core import ActError, full_path, import_extra, write_atomic
 from .embeddings import embed
 from .geometry import project, purity
-from .tuning import TuneConfig, batches, tune
+from .tuning import TuneConfig, planned_batches, tune
 
 anywidget = import_extra("anywidget", "explorer", "the explorer")
 traitlets = import_extra("traitlets", "explorer", "the explorer")
@@ -100,27 +99,6 @@ def similar_clips(z, k=LISTED_NEIGHBOURS):
     order = np.argsort(-similarity, axis=1, kind="stable")
     return order[:, :k]
 
-# %% ../nbs/api/19_explorer.ipynb #exp00013
-def _data_url(data, kind):
-    """Bytes of a media type as a data URL."""
-    encoded = base64.b64encode(data).decode()
-    return f"data:{kind};base64,{encoded}"
-
-
-def sound_address(x, sample_rate):
-    """A waveform (T,) at `sample_rate` Hz as the data URL of an MP3, its peak at 0.95 of full scale."""
-    peak = max(float(x.abs().max()), 1e-9)
-    file = io.BytesIO()
-    soundfile.write(
-        file,
-        .95 * (x.numpy() / peak),
-        sample_rate,
-        format="MP3",
-        subtype="MPEG_LAYER_III",
-        compression_level=.8,
-    )
-    return _data_url(file.getvalue(), "audio/mpeg")
-
 # %% ../nbs/api/19_explorer.ipynb #exp00108
 PICTURE = dict(bins=64, frames=96, decibels=60.)
 _FFT_SIZE = 1024    # samples
@@ -151,7 +129,7 @@ def picture_address(x, sample_rate):
     image.putpalette(_palette())
     file = io.BytesIO()
     image.save(file, "PNG", optimize=True)
-    return _data_url(file.getvalue(), "image/png")
+    return data_url(file.getvalue(), "image/png")
 
 # %% ../nbs/api/19_explorer.ipynb #exp00016
 def explorer_data(task, embeddings, title=None, k=LISTED_NEIGHBOURS, seed=0):
@@ -581,28 +559,27 @@ def _weights(backbone):
     return copies
 
 
-def _steps_per_epoch(task, config):
-    """The number of training steps in an epoch."""
+def _last_steps(backbone, task, config):
+    """The last step of each epoch."""
     labels = task.labels[task.indices("train")]
-    batch_size = max(1, config.batch // config.views_per_clip)
-    first_epoch = batches(labels, batch_size, config.seed, 0, config.per_class)
-    return len(first_epoch)
+    planned = planned_batches(labels, config.for_backbone(backbone))
+    last = {epoch: step for step, (epoch, _) in enumerate(planned)}
+    return set(last.values())
 
 # %% ../nbs/api/19_explorer.ipynb #exp00120
 def _tuning_states(backbone, task, config, progress):
-    """{name: weights}: frozen, and after each epoch of tuning."""
-    n_steps = _steps_per_epoch(task, config)
+    """{name: weights}: frozen, and after each epoch of tuning; and the tuned copy of the encoder."""
+    last_steps = _last_steps(backbone, task, config)
     states = {"frozen": _weights(backbone)}
 
     def keep_weights(row, model):
-        is_last = (row["step"] + 1) % n_steps == 0
-        if is_last:
-            states[f"epoch {row['epoch'] + 1}"] = _weights(backbone)
+        if row["step"] in last_steps:
+            states[f"epoch {row['epoch'] + 1}"] = _weights(model.backbone)
 
     tuned = tune(backbone, task, config, progress=progress, callback=keep_weights)
     last_epoch = tuned.log.epoch.iloc[-1] + 1
-    states[f"epoch {last_epoch}"] = _weights(backbone)
-    return states
+    states[f"epoch {last_epoch}"] = _weights(tuned.backbone)
+    return states, tuned.backbone
 
 # %% ../nbs/api/19_explorer.ipynb #exp00120b
 def _sample_of(task, clips, seed):
@@ -621,7 +598,7 @@ def explore(backbone, task, config=TuneConfig(), clips=200, progress=True):
     Parameters
     ----------
     backbone : Backbone
-        The encoder; tuned in place.
+        The encoder, of which a copy is tuned.
     task : Task
         Tuned on its training clips, shown on its test clips.
     config : TuneConfig
@@ -641,11 +618,11 @@ def explore(backbone, task, config=TuneConfig(), clips=200, progress=True):
         Before anything is tuned, if there are fewer than two clips to show.
     """
     shown = _sample_of(task, clips, config.seed)
-    states = _tuning_states(backbone, task, config, progress)
+    states, encoder = _tuning_states(backbone, task, config, progress)
     embeddings = {}
     for name, weights in states.items():
-        backbone.load_state_dict(weights)
-        z = embed(backbone, shown, progress=False, max_seconds=config.max_seconds)
+        encoder.load_state_dict(weights)
+        z = embed(encoder, shown, progress=False, max_seconds=config.max_seconds)
         embeddings[name] = np.array(z)
     title = f"{task.name}, {backbone.name}, {config.method} tuning"
     return Explorer(data=explorer_data(shown, embeddings, title))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GeometryError', 'label_overlap', 'alignment', 'uniformity', 'isoscore', 'effective_rank', 'dimension_contribution',
-           'intra_inter_ratio', 'silhouette', 'davies_bouldin', 'purity', 'neural_collapse', 'geometry', 'Estimate',
-           'sampled', 'project', 'plot_projection']
+           'intra_inter_ratio', 'silhouette', 'davies_bouldin', 'purity', 'map_at_r', 'neural_collapse', 'geometry',
+           'Estimate', 'sampled', 'project', 'plot_projection']
 
 # %% ../nbs/api/13_geometry.ipynb #geo00003
 from typing import NamedTuple
@@ -481,6 +481,66 @@ def purity(z, labels, ks=(1, 5, 10, 20, 50, 200), queries=None):
         values[k] = float(total[k - 1]) / k
     return pd.Series(values, name="purity").rename_axis("k")
 
+# %% ../nbs/api/13_geometry.ipynb #geo00702
+def _precision_sums(relevance, counts):
+    """Sums of relevance times precision over the first R neighbours: (n, k), (n,) -> (n,)."""
+    ranks = torch.arange(1, relevance.shape[1] + 1, device=relevance.device)
+    precision = relevance.cumsum(1) / ranks
+    among_first = ranks <= counts[:, None]
+    return (relevance * precision * among_first).sum(1)
+
+# %% ../nbs/api/13_geometry.ipynb #geo00704
+def _average_precisions(z, rows, overlap):
+    """MAP@R of some clips, rows (n,), with their overlaps (n, N); those without a positive are left out."""
+    has_positive = overlap.sum(1) > 0
+    rows = rows[has_positive]
+    overlap = overlap[has_positive]                         # (n, N)
+    if not len(rows):
+        return overlap.sum(1)
+    counts = (overlap.sum(1) - 1e-3).ceil()                 # R of each clip; a sum of thirds may exceed 1
+    k = int(counts.max())
+    _, index = nearest(z[rows], z, k + 1)                   # the clip itself is among them
+    found = overlap.gather(1, _without_self(index, rows))
+    best = overlap.topk(k).values
+    return _precision_sums(found, counts) / _precision_sums(best, counts)
+
+# %% ../nbs/api/13_geometry.ipynb #geo00705
+def map_at_r(z, labels):
+    """Mean average precision at R under cosine similarity.
+
+    Parameters
+    ----------
+    z : Tensor (N, D)
+    labels : LongTensor (N,) or multi-hot (N, C)
+
+    Returns
+    -------
+    float
+        1 if the nearest others of every clip are all those of its class; for label sets, if they are in the
+        order of their overlap.
+
+    Raises
+    ------
+    GeometryError
+        If no two embeddings share a label.
+
+    References
+    ----------
+    Musgrave, Belongie & Lim, "A Metric Learning Reality Check", ECCV 2020, section 3.2; the form for label
+    sets is ours.
+    """
+    z = torch.as_tensor(z).float()
+    labels = torch.as_tensor(labels).to(z.device)
+    clips = torch.arange(len(z), device=z.device)
+    scores = []
+    for rows in clips.split(_BLOCK_ROWS):
+        overlap = label_overlap(labels[rows], labels)
+        overlap[rows[:, None] == clips] = 0
+        scores.append(_average_precisions(z, rows, overlap))
+    scores = torch.cat(scores)
+    total = float(scores.double().sum())
+    return _mean(total, len(scores), "MAP@R needs two embeddings that share a label")
+
 # %% ../nbs/api/13_geometry.ipynb #geo00052
 def _pair_cosines(M):
     """Cosines of all pairs of rows."""
@@ -583,6 +643,7 @@ def geometry(z, labels, k=20):
         "intra_inter_ratio": intra_inter_ratio(z, labels),
         "silhouette": silhouette(z, labels),
         f"purity@{k}": float(purity(z, labels, [k])[k]),
+        "map@r": map_at_r(z, labels),
     }
     if labels.ndim == 1:
         values["davies_bouldin"] = davies_bouldin(z, labels)

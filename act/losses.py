@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONTRASTIVE_LOSSES', 'LOSSES', 'CPU_ROWS', 'DEVICE_BYTES', 'CLASSIFICATION_LOSSES', 'LossError', 'soft_target_loss',
-           'pair_weights', 'contrastive_loss', 'ContrastiveLoss', 'valid_anchors', 'cached_step', 'gather_rows',
-           'gathered_loss', 'binary_cross_entropy', 'focal_loss', 'asymmetric_loss', 'register_loss']
+           'pair_weights', 'contrastive_loss', 'ContrastiveLoss', 'count_positives', 'valid_anchors', 'cached_step',
+           'gather_rows', 'gathered_loss', 'binary_cross_entropy', 'focal_loss', 'asymmetric_loss', 'register_loss']
 
 # %% ../nbs/api/08_losses.ipynb #los00003
 import inspect
@@ -547,9 +547,9 @@ class ContrastiveLoss(nn.Module):
                 parts.append(f"{name}={value!r}")
         return ", ".join(parts)
 
-# %% ../nbs/api/08_losses.ipynb #los00071
-def valid_anchors(labels, kind="supcon", threshold=.3, block=1024):
-    """Which clips of a batch have a positive, hence take part as anchors.
+# %% ../nbs/api/08_losses.ipynb #los00071b
+def count_positives(labels, kind="supcon", threshold=.3, block=1024):
+    """The number of positives of each clip among the other clips of a batch.
 
     Parameters
     ----------
@@ -558,25 +558,42 @@ def valid_anchors(labels, kind="supcon", threshold=.3, block=1024):
     kind, threshold
         As in `contrastive_loss`.
     block : int
-        Rows looked at in one go.
+        Rows looked at in one go; class ids are counted without looking at pairs.
+
+    Returns
+    -------
+    LongTensor (N,)
+        Clips whose pair weight is not zero. For a registered loss of embeddings, those that share a label.
+    """
+    labels = _checked_labels(labels)
+    _check_kind(kind, threshold)
+    _check_blocks(block, dense=False)
+    if _takes_embeddings(kind): kind = "any"
+    if labels.ndim == 1 and kind in _BUILT_IN:
+        _, class_of, clips = labels.unique(return_inverse=True, return_counts=True)
+        return clips[class_of] - 1
+    weight_rows = _weight_rows(labels, kind, threshold)
+    counts = [labels.new_zeros(0, dtype=torch.long)]
+    for start in range(0, len(labels), block):
+        rows = slice(start, min(start + block, len(labels)))
+        counts.append((weight_rows(rows) > 0).sum(1))
+    return torch.cat(counts)
+
+# %% ../nbs/api/08_losses.ipynb #los00071
+def valid_anchors(labels, kind="supcon", threshold=.3, block=1024):
+    """Which clips of a batch have a positive, hence take part as anchors.
+
+    Parameters
+    ----------
+    labels, kind, threshold, block
+        As in `count_positives`.
 
     Returns
     -------
     BoolTensor (N,)
         For a registered loss of embeddings, the clips that share a label with another.
     """
-    labels = _checked_labels(labels)
-    _check_kind(kind, threshold)
-    _check_blocks(block, dense=False)
-    if _takes_embeddings(kind): kind = "any"
-    weight_rows = _weight_rows(labels, kind, threshold)
-    count = len(labels)
-    valid = [labels.new_zeros(0, dtype=torch.bool)]
-    for start in range(0, count, block):
-        rows = slice(start, min(start + block, count))
-        weights = weight_rows(rows)
-        valid.append(weights.sum(1) > 0)
-    return torch.cat(valid)
+    return count_positives(labels, kind, threshold, block) > 0
 
 # %% ../nbs/api/08_losses.ipynb #los00093
 def _generators():
@@ -747,12 +764,18 @@ def gathered_loss(fabric, z, labels, loss):
 
 # %% ../nbs/api/08_losses.ipynb #los00105
 def _checked_targets(logits, targets):
-    """Logits and multi-hot targets, both (B, C), in float32 or better."""
+    """Logits and multi-hot targets in float32 or better: both (B, C), or the n known entries (n,) of them."""
     if logits.shape != targets.shape:
         shapes = f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)}"
         raise LossError(f"{shapes} differ in shape; targets must be multi-hot, (B, C)")
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    return logits.to(dtype), targets.to(dtype)
+    logits, targets = logits.to(dtype), targets.to(dtype)
+    unknown = targets.isnan()
+    if not unknown.any():
+        return logits, targets
+    if unknown.all():
+        raise LossError("all labels of the batch are unknown; leave out clips of which nothing is known")
+    return logits[~unknown], targets[~unknown]
 
 
 def _check_binary(targets):
@@ -774,7 +797,7 @@ def binary_cross_entropy(logits, targets):
     ----------
     logits : Tensor (B, C)
     targets : Tensor (B, C)
-        0 or 1.
+        0 or 1; NaN where the label is not known.
 
     Returns
     -------
@@ -791,7 +814,7 @@ def focal_loss(logits, targets, gamma=2., alpha=.25):
     ----------
     logits : Tensor (B, C)
     targets : Tensor (B, C)
-        0 or 1.
+        0 or 1; NaN where the label is not known.
     gamma : float
         How fast easy entries fade; 0 for none.
     alpha : float or None
@@ -834,7 +857,7 @@ def asymmetric_loss(logits, targets, gamma_positive=1., gamma_negative=4., margi
     ----------
     logits : Tensor (B, C)
     targets : Tensor (B, C)
-        0 or 1.
+        0 or 1; NaN where the label is not known.
     gamma_positive, gamma_negative : float
         How fast easy positives and negatives fade.
     margin : float

@@ -282,6 +282,35 @@ def integrity(entry):
                 return "locked at first fetch"
     return "published"
 
+# %% ../nbs/api/01_manifest.ipynb #man00022b
+def _as_in_source(entry, source):
+    """The entry with what one of its sources states for itself."""
+    own = {}
+    for key in ("content", "unpacked"):
+        if key in source:
+            own[key] = source[key]
+    return {**entry, **own}
+
+
+def _patterns(entry):
+    """The shell patterns of the files that are verified."""
+    content = entry["content"]
+    return content.get("members") or content["match"]
+
+# %% ../nbs/api/01_manifest.ipynb #man00022c
+def _as_fetched(folder, entry):
+    """The entry as in that of its sources whose files are listed in `folder`."""
+    own = [source for source in entry["sources"] if "content" in source]
+    if not own or not (folder/LISTING).is_file():
+        return entry
+    names = _verified_files(folder)
+    for source in own:
+        candidate = _as_in_source(entry, source)
+        patterns = _patterns(candidate)
+        if all(_matches(name, patterns) for name in names):
+            return candidate
+    return entry
+
 # %% ../nbs/api/01_manifest.ipynb #man00023
 LOCK = "data_manifest.lock.yaml"
 
@@ -340,14 +369,15 @@ def checksum(name):
     Returns
     -------
     str
-        64 hex digits: the manifest's content digest, or the one locked at the first fetch.
+        64 hex digits: the manifest's content digest, or the one locked at the first fetch. Where the sources
+        of an entry hold different content, it is that of the source that was fetched.
 
     Raises
     ------
     ManifestError
         If the entry has no published digest and has not been fetched yet.
     """
-    entry = manifest_entry(name)
+    entry = _as_fetched(cache_dir()/name, manifest_entry(name))
     digest = _expected_digest(name, entry)
     if digest is None:
         raise ManifestError(f"{name} has no published content digest: fetch it first, which locks one")
@@ -773,7 +803,8 @@ def _obtain(name, entry):
     sources = sorted(entry["sources"], key=_is_mirrored, reverse=True)
     problems = []
     for source in sources:
-        needed = _bytes_to_download(source, folder) + entry.get("unpacked", 0)
+        unpacked = _as_in_source(entry, source).get("unpacked", 0)
+        needed = _bytes_to_download(source, folder) + unpacked
         _require_space(name, cache_dir(), needed)
         try:
             return source, [_get_archive(archive, folder) for archive in source["archives"]]
@@ -815,11 +846,9 @@ def _unpack_all(source, paths, folder, entry):
 # %% ../nbs/api/01_manifest.ipynb #man00051c
 def _verify_content(name, entry, folder):
     """Compare the content with its digest, or lock it at the first fetch; write the listing."""
-    content = entry["content"]
-    patterns = content.get("members") or content["match"]
-    listing = _listing(folder, patterns)
+    listing = _listing(folder, _patterns(entry))
     if not listing:
-        match = content.get("match")
+        match = entry["content"].get("match")
         raise FetchError(f"{name}: nothing in its archive matches {match}: the archive has another layout")
     actual = _text_digest(listing)
     expected = _expected_digest(name, entry)
@@ -841,6 +870,7 @@ def _install(name, entry, folder):
     shutil.rmtree(part, ignore_errors=True)
     try:
         source, paths = _obtain(name, entry)
+        entry = _as_in_source(entry, source)
         _require_space(name, cache_dir(), entry.get("unpacked", 0))
         _unpack_all(source, paths, part, entry)
         _verify_content(name, entry, part)
@@ -861,7 +891,7 @@ def _is_fetched(folder, name, entry):
     listing = folder/LISTING
     if not listing.is_file():
         return False
-    expected = _expected_digest(name, entry)
+    expected = _expected_digest(name, _as_fetched(folder, entry))
     return expected in (None, file_digest(listing))
 
 # %% ../nbs/api/01_manifest.ipynb #man00053b
@@ -910,7 +940,7 @@ def fetch(name):
             if not _is_fetched(folder, name, entry):
                 _install(name, entry, folder)
     # A folder that was fetched for another checkout: the lock file is there and not here.
-    not_locked = _expected_digest(name, entry) is None
+    not_locked = _expected_digest(name, _as_fetched(folder, entry)) is None
     if not_locked and os.access(cache_dir(), os.W_OK):
         _lock_digest(name, file_digest(folder/LISTING))
     return folder
@@ -1101,8 +1131,7 @@ def verify(name):
     folder = cache_dir()/name
     if not _is_fetched(folder, name, entry):
         raise FetchError(f"{name} has not been fetched, or its manifest entry has changed: fetch it first")
-    content = entry["content"]
-    listing = _listing(folder, content.get("members") or content["match"])
+    listing = _listing(folder, _patterns(_as_fetched(folder, entry)))
     current = _parse_listing(listing)
     recorded = _verified_files(folder)
     differences = recorded.items() ^ current.items()

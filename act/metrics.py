@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['METRICS', 'ProbeError', 'to_numpy', 'check_array', 'check_labels', 'class_ids', 'check_same_kind', 'accuracy', 'top5',
            'balanced_accuracy', 'macro_f1', 'mAP', 'mAP_micro', 'roc_auc', 'd_prime', 'lrap', 'check_resampling',
-           'Interval', 'bootstrap_interval', 'Comparison', 'paired_bootstrap']
+           'Effect', 'add_errors', 'effective_groups', 'Interval', 'bootstrap_interval', 'Comparison',
+           'paired_bootstrap', 'over_folds']
 
 # %% ../nbs/api/10_metrics.ipynb #met00003
 from functools import partial, wraps
@@ -16,7 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy import sparse
-from scipy.stats import norm, rankdata
+from scipy.stats import norm, rankdata, sem, t
 
 from .core import ActError
 
@@ -296,9 +297,16 @@ def _single_label_arguments(metric, y, scores, classes):
     ids, _ = class_ids(y, predicted)
     return ids
 
+# %% ../nbs/api/10_metrics.ipynb #met00060
+def _unknown(y):
+    """Which labels of multi-hot rows are unknown, that is NaN."""
+    if y.dtype.kind != "f":
+        return np.zeros(y.shape, bool)
+    return np.isnan(y)
+
 # %% ../nbs/api/10_metrics.ipynb #pro00211
 def _multi_label_arguments(metric, y, scores, classes):
-    """Multi-hot rows (N, K) as booleans, and scores (N, K)."""
+    """Multi-hot rows (N, K), as booleans or with NaN for unknown labels, and scores (N, K)."""
     y = _label_array(y, "labels")
     if y.ndim != 2:
         problem = f"{metric} takes multi-hot labels (N, K); got the shape {y.shape}"
@@ -306,7 +314,10 @@ def _multi_label_arguments(metric, y, scores, classes):
     if classes is not None:
         problem = f"{metric} takes multi-hot labels, whose columns are those of the scores"
         raise ProbeError(f"{problem}; leave out classes")
-    y = _checked_multi_hot(y, "labels")
+    unknown = _unknown(y)
+    y = _checked_multi_hot(np.where(unknown, 0, y) if unknown.any() else y, "labels")
+    if unknown.any():
+        y = np.where(unknown, np.nan, y)
     scores = _checked_scores(scores)
     if y.shape != scores.shape:
         raise ProbeError(f"labels {y.shape} and scores {scores.shape} must have the same shape")
@@ -330,7 +341,8 @@ _METRIC_SECTIONS = """
     Parameters
     ----------
     y : array (N,) or (N, K)
-        Classes, or multi-hot rows for the multi-label metrics.
+        Classes, or multi-hot rows for the multi-label metrics; there NaN marks a label that is not known,
+        and its clip is left out of the ranking of that label.
     scores : array (N, K) or (N,)
         A higher score means that the class is more likely. Single-label metrics except top5 also accept
         predicted classes (N,).
@@ -479,7 +491,12 @@ def _mean_over_labels(of_label, y, scores, weights):
     """Mean (R,) of a metric of one label over the labels for which it is defined."""
     values = []
     for label, label_scores in zip(y.T, scores.T):
-        value = of_label(label, label_scores, weights)
+        unknown = _unknown(label)
+        if unknown.any():
+            known = np.flatnonzero(~unknown)
+            value = of_label(label[known] == 1, label_scores[known], weights[known])
+        else:
+            value = of_label(label, label_scores, weights)
         values.append(value)
     return _mean_where_defined(np.stack(values))
 
@@ -509,13 +526,14 @@ _WEIGHTS_PER_BLOCK = 2 ** 24    # how many weights are in memory at a time
 def mAP_micro(y, scores, weights):
     """Average precision of all pairs of clip and label in one ranking."""
     _, labels = y.shape
-    pairs = y.ravel()
-    pair_scores = scores.ravel()
+    known = np.flatnonzero(~_unknown(y).ravel())
+    pairs = y.ravel()[known] == 1
+    pair_scores = scores.ravel()[known]
     step = max(1, _WEIGHTS_PER_BLOCK // y.size)
     values = []
     for start in range(0, weights.shape[1], step):
         block = weights[:, start:start + step]
-        pair_weights = block.repeat(labels, axis=0)    # (N K, R)
+        pair_weights = block[known // labels]    # (N K, R)
         value = _average_precision(pairs, pair_scores, pair_weights)
         values.append(value)
     return np.concatenate(values)
@@ -553,7 +571,8 @@ def d_prime(y, scores, weights):
 @_metric(_multi_label_arguments)
 def lrap(y, scores, weights):
     """Label-ranking average precision; a clip without labels counts 1, as in scikit-learn."""
-    relevant = y.astype(bool)
+    relevant = y == 1
+    scores = np.where(_unknown(y), -np.inf, scores)    # below all labels of the clip that are known
     relevant_scores = np.where(relevant, -scores, np.inf)
     hits = rankdata(relevant_scores, "max", axis=1)    # (N, K) rank among the labels of the clip
     ranked = rankdata(-scores, "max", axis=1)          # (N, K) rank among all labels
@@ -588,10 +607,10 @@ def check_resampling(n_resamples, level, seed):
         raise ProbeError(f"seed must be a whole number, not negative; got {seed!r}")
 
 # %% ../nbs/api/10_metrics.ipynb #met00027
-def _resamples(n, count, seed):
-    """Blocks of weights (n, R): how often each of n clips occurs in each of `count` resamples."""
+def _resamples(n, count, seed, clips=None):
+    """Blocks of weights (n, R): how often each of n units, of some clips in all, occurs in each resample."""
     rng = np.random.default_rng(seed)
-    block = max(1, _WEIGHTS_PER_BLOCK // n)
+    block = max(1, _WEIGHTS_PER_BLOCK // (clips or n))
     for start in range(0, count, block):
         size = min(block, count - start)
         offsets = n * np.arange(size)[:, None]            # so that one bincount counts all resamples
@@ -606,6 +625,107 @@ def _percentiles(draws, level):
     upper = (1 + level) / 2
     low, high = np.nanquantile(draws, [lower, upper])
     return float(low), float(high)
+
+# %% ../nbs/api/10_metrics.ipynb #met00051
+class Effect(NamedTuple):
+    """A value, its standard error, and the degrees of freedom with which the error is known.
+
+    Attributes
+    ----------
+    value : float
+    error : float
+        NaN if nothing is known of it.
+    df : float
+        Of Student's t.
+    """
+    value: float
+    error: float
+    df: float
+
+    def interval(self, level=.95):
+        """The two bounds of the interval that covers the true value with probability `level`."""
+        half = t.ppf((1 + level) / 2, self.df) * self.error
+        return float(self.value - half), float(self.value + half)
+
+    @property
+    def p_value(self):
+        """Two-sided p-value of the hypothesis that the true value is zero; NaN without an error."""
+        if self.error == 0:
+            return float(self.value == 0)
+        return float(2 * t.sf(abs(self.value) / self.error, self.df))
+
+# %% ../nbs/api/10_metrics.ipynb #met00052
+def add_errors(value, *parts):
+    """The effect whose variance is the sum of some independent variances.
+
+    Parameters
+    ----------
+    value : float
+    *parts : (float, float)
+        Standard error and degrees of freedom of each source.
+
+    Returns
+    -------
+    Effect
+        Its error is NaN if no source is given.
+
+    References
+    ----------
+    Satterthwaite, "An approximate distribution of estimates of variance components", Biometrics 2, 1946.
+    """
+    if not parts:
+        return Effect(float(value), float("nan"), float("nan"))
+    errors, df = np.array(parts, float).T
+    variance = (errors ** 2).sum()
+    uncertainty = (errors ** 4 / df).sum()
+    df = variance ** 2 / uncertainty if uncertainty else df.min()
+    return Effect(float(value), float(variance ** .5), float(df))
+
+# %% ../nbs/api/10_metrics.ipynb #met00055
+def effective_groups(groups):
+    """How many groups of equal size would tell as much as groups of these sizes.
+
+    Parameters
+    ----------
+    groups : array (N,)
+        The group of each clip.
+
+    Returns
+    -------
+    float
+        Between 1 and the number of groups.
+
+    References
+    ----------
+    Kish, Survey Sampling, 1965.
+    """
+    _, sizes = np.unique(np.asarray(groups), return_counts=True)
+    return float(sizes.sum() ** 2 / (sizes ** 2).sum())
+
+# %% ../nbs/api/10_metrics.ipynb #met00056
+def _checked_groups(groups, clips):
+    """The groups of clips as ids (N,) from 0 up, of at least two groups."""
+    groups = check_labels(groups, "groups")
+    if groups.ndim != 1 or len(groups) != clips:
+        raise ProbeError(f"groups must name the group of each of {clips} clips; got the shape {groups.shape}")
+    (ids,), names = class_ids(groups)
+    if len(names) < 2:
+        problem = f"all clips are of one group, {names[0]}, so nothing is known of other groups"
+        raise ProbeError(f"{problem}; leave out groups, and the interval holds for this group only")
+    return ids
+
+
+def _group_resamples(ids, count, seed):
+    """Blocks of weights (N, R) in which all clips of a group occur equally often."""
+    for weights in _resamples(ids.max() + 1, count, seed, clips=len(ids)):
+        yield weights[ids]
+
+
+def _group_error(draws, ids):
+    """Standard error and degrees of freedom from a value in every resample (R,) of groups."""
+    groups = ids.max() + 1
+    error = np.nanstd(draws, ddof=1) * np.sqrt(groups / (groups - 1))
+    return error, effective_groups(ids) - 1
 
 # %% ../nbs/api/10_metrics.ipynb #pro00029
 class Interval(NamedTuple):
@@ -629,7 +749,8 @@ def _find_metric(metric, classes):
     return partial(metric, classes=classes)
 
 # %% ../nbs/api/10_metrics.ipynb #pro00030
-def bootstrap_interval(metric, y, scores, n_resamples=1000, level=.95, seed=0, classes=None):
+def bootstrap_interval(metric, y, scores, n_resamples=1000, level=.95, seed=0, classes=None,
+                       groups=None):
     """A metric on the test set with its bootstrap interval over test clips.
 
     Parameters
@@ -648,6 +769,8 @@ def bootstrap_interval(metric, y, scores, n_resamples=1000, level=.95, seed=0, c
         Seed of the resampling; the same seed gives the same resamples for every metric.
     classes : sequence, optional
         The class of each column of `scores`, where labels are neither ids `0..K-1` nor all of K classes.
+    groups : array (N,), optional
+        The group of each clip, such as its speaker; whole groups are then resampled.
 
     Returns
     -------
@@ -656,11 +779,12 @@ def bootstrap_interval(metric, y, scores, n_resamples=1000, level=.95, seed=0, c
     Raises
     ------
     ProbeError
-        If a setting is out of range, or labels and scores do not match.
+        If a setting is out of range, labels and scores do not match, or all clips are of one group.
 
     References
     ----------
     Efron, Annals of Statistics 1979 (percentile interval).
+    Cameron & Miller, "A practitioner's guide to cluster-robust inference", Journal of Human Resources 2015.
     """
     metric = _find_metric(metric, classes)
     check_resampling(n_resamples, level, seed)
@@ -669,8 +793,17 @@ def bootstrap_interval(metric, y, scores, n_resamples=1000, level=.95, seed=0, c
     _check_same_clips(y, scores, "scores")
 
     value = metric(y, scores)
-    draws = [metric(y, scores, weights) for weights in _resamples(len(y), n_resamples, seed)]
-    low, high = _percentiles(np.concatenate(draws), level)
+    if groups is None:
+        blocks = _resamples(len(y), n_resamples, seed)
+    else:
+        ids = _checked_groups(groups, len(y))
+        blocks = _group_resamples(ids, n_resamples, seed)
+    draws = np.concatenate([metric(y, scores, weights) for weights in blocks])
+
+    if groups is None:
+        low, high = _percentiles(draws, level)
+    else:
+        low, high = Effect(value, *_group_error(draws, ids)).interval(level)
     return Interval(value, low, high)
 
 # %% ../nbs/api/10_metrics.ipynb #pro00035
@@ -687,12 +820,17 @@ class Comparison(NamedTuple):
         Two-sided p-value of the hypothesis that there is no difference.
     effect_size : float
         Cohen's d_z: mean over standard deviation of the per-seed differences; NaN with one seed.
+    error, df : float
+        Standard error and its degrees of freedom, where the interval is Student's t; NaN where it consists
+        of percentiles.
     """
     difference: float
     low: float
     high: float
     p_value: float
     effect_size: float
+    error: float = float("nan")
+    df: float = float("nan")
 
 # %% ../nbs/api/10_metrics.ipynb #pro00037
 def _checked_runs(y, runs, name):
@@ -726,20 +864,27 @@ def _cohens_d(differences):
     return float(differences.mean() / spread)
 
 # %% ../nbs/api/10_metrics.ipynb #met00031
-def _difference_draws(difference, y, seeds, n_resamples, seed):
-    """Mean difference over seeds (n_resamples,), with clips and seeds drawn again in every resample.
-
-    `difference(weights)` returns one value per seed and resample, (S, R).
-    """
-    by_clips = [difference(weights) for weights in _resamples(len(y), n_resamples, seed)]
-    by_clips = np.concatenate(by_clips, axis=1)                                  # (S, n_resamples)
+def _difference_draws(by_clips, seed):
+    """Mean difference over seeds (R,), with the seeds drawn again in every resample of clips (S, R)."""
+    seeds, n_resamples = by_clips.shape
     equal_chance = np.full(seeds, 1 / seeds)
     rng = np.random.default_rng(seed + 1)
     seed_counts = rng.multinomial(seeds, equal_chance, n_resamples).T            # (S, n_resamples)
     return (by_clips * seed_counts).sum(0) / seeds
 
+# %% ../nbs/api/10_metrics.ipynb #met00061
+def _over_groups(by_seed, by_groups, ids, level):
+    """The comparison of two methods over seeds (S,) and resamples of groups (S, R)."""
+    parts = [_group_error(by_groups.mean(0), ids)]
+    if len(by_seed) > 1:
+        parts.append((sem(by_seed), len(by_seed) - 1))
+    effect = add_errors(by_seed.mean(), *parts)
+    low, high = effect.interval(level)
+    d_z = _cohens_d(by_seed)
+    return Comparison(effect.value, low, high, effect.p_value, d_z, effect.error, effect.df)
+
 # %% ../nbs/api/10_metrics.ipynb #pro00036
-def paired_bootstrap(metric, y, a, b, n_resamples=1000, level=.95, seed=0, classes=None):
+def paired_bootstrap(metric, y, a, b, n_resamples=1000, level=.95, seed=0, classes=None, groups=None):
     """Compare two methods over the same test clips and seeds.
 
     Parameters
@@ -752,6 +897,9 @@ def paired_bootstrap(metric, y, a, b, n_resamples=1000, level=.95, seed=0, class
         Scores or predicted classes of the two methods, one array per seed, in the same order of seeds.
     n_resamples, level, seed, classes
         As in `bootstrap_interval`.
+    groups : array (N,), optional
+        The group of each clip. The interval then is Student's t, whose variance adds up that of groups and
+        that of seeds.
 
     Returns
     -------
@@ -784,6 +932,46 @@ def paired_bootstrap(metric, y, a, b, n_resamples=1000, level=.95, seed=0, class
         return np.stack(by_seed)
 
     by_seed = difference()
-    draws = _difference_draws(difference, y, len(a), n_resamples, seed)
+    if groups is not None:
+        ids = _checked_groups(groups, len(y))
+        by_groups = [difference(weights) for weights in _group_resamples(ids, n_resamples, seed)]
+        return _over_groups(by_seed, np.concatenate(by_groups, axis=1), ids, level)
+
+    by_clips = [difference(weights) for weights in _resamples(len(y), n_resamples, seed)]
+    draws = _difference_draws(np.concatenate(by_clips, axis=1), seed)
     low, high = _percentiles(draws, level)
     return Comparison(float(by_seed.mean()), low, high, _two_sided_p_value(draws), _cohens_d(by_seed))
+
+# %% ../nbs/api/10_metrics.ipynb #met00064
+def over_folds(metric, folds, classes=None):
+    """A metric that is computed in each fold, and averaged.
+
+    Parameters
+    ----------
+    metric : str or callable
+        As for `bootstrap_interval`.
+    folds : array (N,)
+        The fold of each clip.
+    classes : sequence, optional
+        As for `bootstrap_interval`.
+
+    Returns
+    -------
+    callable
+        A metric for `bootstrap_interval` and `paired_bootstrap`: with labels ``(N, ...)``, scores ``(N, ...)``
+        and weights ``(N, R)`` it returns values ``(R,)``.
+    """
+    metric = _find_metric(metric, classes)
+    folds = np.asarray(folds)
+    clips = [np.flatnonzero(folds == fold) for fold in np.unique(folds)]
+
+    def mean_over_folds(y, scores, weights=None):
+        if weights is None:
+            return float(np.mean([metric(y[rows], scores[rows]) for rows in clips]))
+        with np.errstate(invalid="ignore", divide="ignore"):      # a fold of which nothing was drawn
+            values = [metric(y[rows], scores[rows], weights[rows]) for rows in clips]
+        shares = np.stack([weights[rows].mean(0) for rows in clips])                    # (folds, R)
+        values = np.where(shares > 0, np.stack(values), 0)
+        return (shares * values).sum(0) / shares.sum(0)
+
+    return mean_over_folds

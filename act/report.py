@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHOSEN_PROTOCOL', 'PAIRED_PROTOCOL', 'RELATIONS', 'REPORTED_COLUMNS', 'COLOURS', 'PALETTE', 'LISTENING_RATE',
-           'ReportError', 'wide_table', 'paired_text', 'geometry_text', 'claims_text', 'printed', 'protocol',
-           'findings', 'verdict_sentences', 'reported', 'with_reported', 'save_table', 'differing_files',
-           'method_colours', 'save_figure', 'picture', 'alternative_text', 'listen']
+           'ReportError', 'wide_table', 'paired_text', 'geometry_text', 'claims_text', 'verdicts_text', 'matrix_text',
+           'printed', 'protocol', 'findings', 'verdict_sentences', 'reported', 'with_reported', 'save_table',
+           'differing_files', 'method_colours', 'save_figure', 'picture', 'alternative_text', 'listen']
 
 # %% ../nbs/api/17_report.ipynb #rep00003
 import base64
@@ -22,7 +22,8 @@ import pandas as pd
 
 from .analysis import PROBE_NAMES, claims, derived_tables, option_texts, recorded, side_of_zero
 from .core import ActError, full_path, write_atomic
-from .paper import ARTEFACTS, OTHERS, SavedTable, check_names, saved_tables
+from .paper import ARTEFACTS, OTHERS, SavedTable, check_names, saved_tables, seeds_text
+from .study import ALL
 
 # %% ../nbs/api/17_report.ipynb #rep00004a
 class ReportError(ActError):
@@ -109,7 +110,7 @@ def paired_text(paired):
     """
     cells = [_paired_cells(row) for row in paired.itertuples()]
     names = ["task", "backbone", "probe", "compared"]
-    numbers = ["points", "95 %", "p", "d_z", "seeds", "clips", "over"]
+    numbers = ["points", "95 %", "p", "replicates", "clips", "groups", "over"]
     return pd.DataFrame(cells, columns=names + numbers)
 
 # %% ../nbs/api/17_report.ipynb #rpt00007
@@ -123,9 +124,9 @@ def _paired_cells(row):
         _points(row.difference),
         _point_interval(row.low, row.high),
         _number_or_dash(row.p, 3),
-        _number_or_dash(row.d_z, 1),
-        str(row.seeds),
+        str(row.replicates),
         str(row.clips),
+        str(row.groups or "–"),
         row.over,
     )
 
@@ -169,29 +170,115 @@ def claims_text(rows):
         Of text, differences of scores in points.
     """
     cells = [_claim_cells(row) for row in rows.itertuples()]
-    columns = ["claim", "task", "backbone", "measure", "compared", "value", "95 %", "interval"]
+    columns = ["claim", "task", "backbone", "measure", "compared", "value", "95 %", "p", "after Holm"]
     return pd.DataFrame(cells, columns=columns)
 
 # %% ../nbs/api/17_report.ipynb #rpt00011
 def _claim_cells(row):
     "One row behind a claim as text."
-    if row.unit:
-        value = f"{_points(row.value)} {row.unit}"
-        interval = _point_interval(row.low, row.high)
-    else:
-        value = f"{row.value:+.2f}"
-        interval = "–" if np.isnan(row.low) else f"{row.low:+.2f} to {row.high:+.2f}"
-    side = side_of_zero(row.low, row.high)
     return (
         row.claim,
         row.task,
         row.backbone,
         row.measure,
         row.compared,
-        value,
-        interval,
-        f"{side} zero",
+        _in_unit(row.value, row.unit),
+        _interval_in_unit(row.low, row.high, row.unit),
+        _number_or_dash(row.p, 3),
+        f"{row.side} zero",
     )
+
+
+def _in_unit(value, unit):
+    "An effect in points or as a number; a dash for NaN."
+    if np.isnan(value):
+        return "–"
+    return f"{_points(value)} {unit}" if unit else f"{value:+.2f}"
+
+
+def _interval_in_unit(low, high, unit):
+    "An interval of effects in points or as numbers; a dash if there is none."
+    if unit:
+        return _point_interval(low, high)
+    return "–" if np.isnan(low) else f"{low:+.2f} to {high:+.2f}"
+
+# %% ../nbs/api/17_report.ipynb #rpt00052
+def verdicts_text(table):
+    """The verdicts as they are printed.
+
+    Parameters
+    ----------
+    table : DataFrame
+        ``claims`` of `act.analysis.claims`.
+
+    Returns
+    -------
+    DataFrame
+        Of text: the mean effect over tasks and encoders with its interval, the minimum detectable effect, and
+        how many rows lie above and below zero after Holm's correction.
+    """
+    cells = [_verdict_cells(row) for row in table.itertuples()]
+    columns = ["claim", "statistic", "verdict", "mean effect", "95 %", "detectable", "tasks × encoders",
+               "rows above", "rows below", "other rows"]
+    return pd.DataFrame(cells, columns=columns)
+
+# %% ../nbs/api/17_report.ipynb #rpt00053
+def _verdict_cells(row):
+    "One verdict as text."
+    detectable = _in_unit(row.detectable, row.unit)
+    return (
+        row.claim,
+        row.statistic,
+        row.verdict,
+        _in_unit(row.mean, row.unit),
+        _interval_in_unit(row.low, row.high, row.unit),
+        detectable.removeprefix("+"),
+        str(row.effects),
+        str(row.above),
+        str(row.below),
+        str(row.open),
+    )
+
+# %% ../nbs/api/17_report.ipynb #rpt00054
+def matrix_text(matrix):
+    """The matrix of probes and measures of geometry as it is printed.
+
+    Parameters
+    ----------
+    matrix : DataFrame
+        From `act.analysis.probe_geometry`.
+
+    Returns
+    -------
+    DataFrame
+        Of text: the rank correlation of a probe's test score with a measure, and the same given the other
+        measure, each with its 95 % interval.
+    """
+    cells = [_matrix_cells(row) for row in matrix.itertuples()]
+    columns = ["task", "backbone", "probe", "measure", "its own side", "clips", "runs", "methods",
+               "correlation", "95 %", "given the other", "95 % given the other"]
+    return pd.DataFrame(cells, columns=columns)
+
+
+def _matrix_cells(row):
+    "One cell of the matrix as text."
+    return (
+        row.task,
+        row.backbone,
+        row.probe,
+        row.measure,
+        "yes" if row.own else "no",
+        row.clips,
+        str(row.runs),
+        str(row.methods),
+        _in_unit(row.value, ""),
+        _interval_in_unit(row.low, row.high, ""),
+        _in_unit(row.partial, ""),
+        _interval_in_unit(row.partial_low, row.partial_high, ""),
+    )
+
+# %% ../nbs/api/17_report.ipynb #rpt00056
+CLAIM_FORMS = dict(claims=verdicts_text, claims_rows=claims_text, claims_geometry=matrix_text)
 
 # %% ../nbs/api/17_report.ipynb #rpt00013
 def printed(name, long):
@@ -211,10 +298,10 @@ def printed(name, long):
     """
     if name.endswith("_paired"):
         return paired_text(long)
-    if name.endswith("_chosen") or name == "claims":
+    if name.endswith("_chosen"):
         return long
-    if name == "claims_rows":
-        return claims_text(long)
+    if name in CLAIM_FORMS:
+        return CLAIM_FORMS[name](long)
     table = saved_tables().get(name, SavedTable(name))
     if table.geometry:
         return geometry_text(long)
@@ -225,11 +312,11 @@ CHOSEN_PROTOCOL = (
     "Chosen on the validation split: options of each method, penalty C of each seed's linear probe; "
     "validation {metric} in percent.")
 PAIRED_PROTOCOL = (
-    "Difference of the test score in points, mean over seeds, both methods on the same clips and seeds. "
-    "Interval (95 %) and two-sided p, not adjusted for the number of comparisons: the more cautious of "
-    "Student's t over seeds and the paired bootstrap over test clips and seeds (1000 resamples); where the "
-    "last column says seeds, the t alone, as the records hold no predictions. d_z: mean over standard "
-    "deviation of the differences of the seeds.")
+    "Difference of the test score in points, mean over replicates (seeds, or folds times seeds), both methods "
+    "on the same clips. Interval (95 %) and two-sided p, not adjusted for the number of comparisons: Student's "
+    "t, whose variance is the sum of that over test clips (bootstrap, 1000 resamples) and that over seeds. "
+    "The last column says what varies: whole groups of clips (speaker, source, track) where the records hold "
+    "groups, single clips where they do not; seeds or folds alone where they hold no predictions.")
 
 # %% ../nbs/api/17_report.ipynb #rep00024
 def protocol(trials, seeds):
@@ -237,21 +324,25 @@ def protocol(trials, seeds):
 
     Parameters
     ----------
-    trials : list of dict, or dict of such lists
+    trials : list of dict, or dict
         As for `act.paper.trials_for`.
-    seeds : int
-        Repetitions of the chosen setting.
+    seeds : int or dict of str to int
+        Repetitions of the chosen setting, as for `act.paper.seeds_for`.
 
     Returns
     -------
     str
         Markdown.
     """
-    families = trials if isinstance(trials, dict) else {"": trials}
+    by_row = isinstance(trials, dict) and ALL not in trials
+    families = trials if by_row else {"": trials}
     chosen = " and ".join(_trials_text(*family) for family in families.items())
     return (
-        f"Test score in percent, mean over {seeds} seeds ± half-width of the 95 % interval (Student's t). "
+        f"Test score in percent, mean over {seeds_text(seeds)} ± half-width of the 95 % interval "
+        "(Student's t). "
         f"Every tuned method chose {chosen} by the mean of both probes on the validation split with seed 0; "
+        "where the best learning rate of a method lay at the edge, all methods of the row got one more, "
+        "at most twice; "
         "equal passes cost every method equally many clips through the encoder, and two views count twice. "
         "Linear probe: z-scored on the training split, L2 penalty chosen on validation. "
         "k-NN probe: cosine, k = 20, weights exp(sim / 0.07).")
@@ -259,15 +350,30 @@ def protocol(trials, seeds):
 # %% ../nbs/api/17_report.ipynb #rpt00014
 def _trials_text(family, trials):
     "The trials of a family of tasks; an empty name means all tasks."
-    listed = []
-    for options in trials:
-        listed.append(", ".join(option_texts(options, " ")))
-    text = f"among the same {len(trials)} trials ({'; '.join(listed)})"
+    if isinstance(trials, dict):
+        text = _method_trials_text(trials)
+    else:
+        text = f"among the same {len(trials)} trials ({_options_text(trials)})"
     if not family:
         return text
     if family == OTHERS:
         return f"{text} elsewhere"
     return f"{text} on {family}"
+
+
+def _method_trials_text(trials):
+    "Trials that are given by method."
+    count = len(next(iter(trials.values())))
+    listed = []
+    for method, choices in trials.items():
+        name = "others" if method == ALL else method
+        listed.append(f"{name}: {_options_text(choices)}")
+    return f"among {count} trials of its own ({' | '.join(listed)})"
+
+
+def _options_text(trials):
+    "The options of some trials."
+    return "; ".join(", ".join(option_texts(options, " ")) for options in trials)
 
 # %% ../nbs/api/17_report.ipynb #rep00038
 RELATIONS = dict(above="is higher than", below="is lower than", around="does not differ detectably from")
@@ -307,22 +413,51 @@ def verdict_sentences(claims):
     Returns
     -------
     list of str
-        Markdown. The rows whose intervals lie below zero are named, as they decide against a claim.
+        Markdown. Rows that lie below zero after Holm's correction are named, as they speak against a claim.
     """
     sentences = []
     for claim in claims["claims"].itertuples():
-        counts = f"{claim.above} above zero, {claim.below} below, {claim.open} around zero"
-        sentence = f"{claim.claim}: **{claim.verdict}** ({claim.statistic}; intervals: {counts})."
+        sentence = f"{claim.claim}: **{claim.verdict}** ({claim.statistic})."
+        if claim.verdict != "not measured":
+            sentence += f" {_mean_sentence(claim)} {_row_sentence(claim)}"
         against = _rows_below_zero(claims["claims_rows"], claim.claim)
         if against:
             sentence += f" Below: {'; '.join(against)}."
+        if claim.note:
+            sentence += f" Note: {claim.note}."
         sentences.append(sentence)
     return sentences
 
+# %% ../nbs/api/17_report.ipynb #rpt00057
+def _mean_sentence(claim):
+    "The mean effect of a claim, and what could have been detected, as a sentence."
+    if not claim.effects:
+        return "No row has a standard error, so there is no interval."
+    value = _in_unit(claim.mean, claim.unit)
+    interval = _interval_in_unit(claim.low, claim.high, claim.unit)
+    sentence = f"The mean effect is {value}, 95 % interval {interval}, {_count_of_effects(claim.effects)}"
+    if claim.verdict != "undecided":
+        return f"{sentence}."
+    detectable = _in_unit(claim.detectable, claim.unit).removeprefix("+")
+    return f"{sentence}; an effect of {detectable} would have been detected with a probability of 80 %."
+
+
+def _count_of_effects(effects):
+    "Over how many tasks and encoders a mean was taken."
+    if effects == 1:
+        return "on one task with one encoder"
+    return f"over {effects} pairs of a task and an encoder"
+
+
+def _row_sentence(claim):
+    "How many rows of a claim lie above and below zero, as a sentence."
+    rows = claim.above + claim.below + claim.open
+    return f"After Holm's correction {claim.above} of {rows} rows lie above zero and {claim.below} below."
+
 # %% ../nbs/api/17_report.ipynb #rpt00041
 def _rows_below_zero(rows, claim):
-    "The names of the rows of a claim whose intervals lie below zero."
-    below = rows[(rows.claim == claim) & (rows.high < 0)]
+    "The names of the rows of a claim that lie below zero after Holm's correction."
+    below = rows[(rows.claim == claim) & (rows.side == "below")]
     return [
         f"{row.task} {row.measure} {row.compared}"
         for row in below.itertuples()
@@ -484,12 +619,13 @@ def save_table(name, folder, long, wide, caption="", comparisons=None, notes=())
 
 # %% ../nbs/api/17_report.ipynb #rpt00022
 def _record_keys(comparisons):
-    "Task, encoder, method and the keys of the records of each, for JSON."
+    "Task, encoder, method, the keys of the records of each and, if known, the grid of its choice, for JSON."
     entries = []
     for (task, backbone), methods in comparisons.items():
         for method, records in methods.items():
             keys = [r["key"][:24] for r in records]
-            entries.append([task, backbone, method, keys])
+            grids = [r["grid"] for r in records[:1] if "grid" in r]
+            entries.append([task, backbone, method, keys, *grids])
     return entries
 
 # %% ../nbs/api/17_report.ipynb #rpt00031

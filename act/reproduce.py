@@ -33,7 +33,7 @@ from .manifest import PROFILES, list_entries, load_manifest, names_of
 from .paper import ARTEFACTS, checked_profile, planned_runs, training_passes
 from .report import alternative_text, picture
 from .study import Store, code_digest, default_jobs, provenance
-from .tasks import list_tasks, load_task
+from .tasks import OWN_DATA, list_tasks, load_task
 from .tuning import EncoderWithHead, classifier_head
 
 # %% ../nbs/api/18_reproduce.ipynb #cli00008
@@ -558,7 +558,7 @@ BYTES_PER_SAMPLE = 2       # of unpacked audio: most data sets are 16-bit PCM
 
 
 def _rendered_hours(name):
-    """Hours of audio of a task that is rendered here, by some of its clips."""
+    """Hours of audio of a task that needs no fetching, by some of its clips."""
     try:
         task = load_task(name)
     except ActError:
@@ -592,23 +592,51 @@ def task_hours(name):
     float
         NaN where the manifest has no size.
     """
-    whole = re.split("[:@]", name)[0]
-    base, _, kept = whole.partition("/")      # TASK/N keeps N classes
+    if name.startswith(OWN_DATA):
+        return _rendered_hours(name)
+    base = re.split("[/:@#]", name)[0]
     listed = list_tasks()
     if base not in listed.index:
         return _rendered_hours(base)
     row = listed.loc[base]
     hours = float(_listed_hours(base, row))
+    kept = re.search(r"/(\d+)", name)      # TASK/N keeps N classes
     if kept:
-        hours *= int(kept) / row.classes
+        hours *= int(kept[1]) / row.classes
     return hours
+
+# %% ../nbs/api/18_reproduce.ipynb #rpd00101
+def _few_clips_share(name):
+    """The share of a task's clips that TASK:K trains on: K of each class; 1 for other tasks."""
+    kept = re.search(r":(\d+)$", name)
+    base = re.split("[/:@#]", name)[0]
+    listed = list_tasks()
+    if kept is None or base not in listed.index:
+        return 1.
+    row = listed.loc[base]
+    share = int(kept[1]) * row.classes / row.clips
+    return 1. if np.isnan(share) else min(1., share)
+
+
+@lru_cache
+def _training_share(name):
+    """The share of a task's clips that are training clips: exact where the data is at hand, else at most."""
+    entry = _entry_of(name, load_manifest())
+    if entry is not None and list_entries().state[entry] != "fetched":
+        return _few_clips_share(name)
+    whole = re.sub(r":\d+$", "", name)      # task_hours counts it without :K
+    try:
+        return len(load_task(name).indices("train")) / len(load_task(whole))
+    except ActError:
+        return _few_clips_share(name)
 
 # %% ../nbs/api/18_reproduce.ipynb #rpd00029
 def _cost_of(run):
     """Precision, hours in training steps and, if its size is unknown, the task of a run."""
     hours = task_hours(run.task)
+    trained = training_passes(run) * _training_share(run.task) * hours
     return dict(precision=run.config.precision if run.config else None,
-                hours=(training_passes(run) + FORWARD_SHARE) * hours,
+                hours=trained + FORWARD_SHARE * hours,
                 unknown=run.task if np.isnan(hours) else "")
 
 
@@ -618,12 +646,12 @@ def _joined(names):
     return ", ".join(different)
 
 # %% ../nbs/api/18_reproduce.ipynb #stu00051
-def workload(profile):
+def workload(profile, extended=True):
     """What a profile asks of each encoder.
 
     Parameters
     ----------
-    profile : dict
+    profile, extended
         As for `planned_runs`.
 
     Returns
@@ -633,7 +661,7 @@ def workload(profile):
         counts a third), the precision of the runs, and the tasks of unknown size, which are not counted.
     """
     rows = []
-    for section, runs in planned_runs(profile).items():
+    for section, runs in planned_runs(profile, extended).items():
         for run in runs:
             row = dict(section=section, backbone=run.backbone, runs=1)
             rows.append(row | _cost_of(run))
@@ -760,6 +788,16 @@ def _unknown(cost):
     return sorted(tasks | encoders)
 
 
+def _if_no_grid_grows(profile, cost):
+    """The time that remains if no grid of learning rates is extended, as a part of a line."""
+    work = workload(profile, extended=False)
+    if work.runs.sum() == cost.runs.sum():
+        return ""
+    speeds = cost.drop_duplicates("backbone").set_index("backbone").speed
+    hours = work.hours / work.backbone.map(speeds) / default_jobs()
+    return f"; {_duration(hours.sum())} if no best learning rate lies at the edge of its grid"
+
+
 def _durations(profile):
     """A line about the time that a profile takes here."""
     cost = estimate(profile)
@@ -772,6 +810,7 @@ def _durations(profile):
         f"about {_duration(hours.sum())} on {device}, {default_jobs()} at once, "
         f"by timing each encoder ({', '.join(each)})"
     )
+    line += _if_no_grid_grows(profile, cost)
     unknown = _unknown(cost)
     if unknown:
         line += f"; not counted, as nobody states their size: {', '.join(unknown)}"

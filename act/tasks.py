@@ -6,8 +6,8 @@
 __all__ = ['SPLITS', 'LABEL_FORMS', 'MAX_LISTED', 'MAX_NAMED', 'FFT_SIZE', 'FACTS', 'FSDD_SPLIT', 'ESC10_MIXTURES', 'MAX_MIXED',
            'MIXTURE_GAINS', 'MSWC_WORDS', 'DRUMS', 'DRUMS_WINDOW', 'DRUMS_HOP', 'DRUMS_SPLIT', 'FEW_GROUPS', 'SHARES',
            'SYSTEM_FILES', 'AUDIO_SUFFIXES', 'SPELLINGS', 'BYTE_ORDER_MARKS', 'SEPARATORS', 'SAVE_AS_UTF8',
-           'MAX_COMPARED', 'TaskError', 'Task', 'register_task', 'load_task', 'list_tasks', 'split_groups',
-           'folder_task', 'csv_task']
+           'MAX_COMPARED', 'OWN_DATA', 'TaskError', 'Task', 'register_task', 'load_task', 'list_tasks', 'task_folds',
+           'split_groups', 'files_below', 'folder_task', 'csv_task', 'source_state']
 
 # %% ../nbs/api/03_tasks.ipynb #tas00003
 import codecs, csv, difflib, functools, hashlib, io, json, os, re, unicodedata, warnings
@@ -26,7 +26,7 @@ from fastcore.basics import patch
 from sklearn.model_selection import train_test_split
 
 from act.audio import FFMPEG_SUFFIXES, SUFFIXES, AudioError, Clip, Mixture, WaveCache
-from act.audio import audio_info, check_audio, decodable
+from act.audio import audio_info, check_audio, decodable, read_audio
 from act.core import ActError, ActWarning, Registry
 from act.core import content_of, file_digest, full_path, identity, near_matches
 from act.manifest import entry_file_digest, fetch, list_entries, load_manifest
@@ -103,6 +103,18 @@ def _ids_of_names(y, classes):
     if unknown:
         raise _label_error(f"labels {unknown[:MAX_LISTED]} are none of the classes")
     return np.array([id_of[name] for name in names])
+
+# %% ../nbs/api/03_tasks.ipynb #tas00211
+def _as_known(known, labels):
+    """The mask of known labels, a BoolTensor (N, C); None if all are known."""
+    known = torch.from_numpy(_to_array(known).astype(bool))
+    if known.shape != labels.shape or labels.ndim != 2:
+        shapes = f"a mask of shape {tuple(known.shape)} and labels of shape {tuple(labels.shape)}"
+        raise TaskError(f"{shapes}: known must mark every label of multi-hot rows (N, C)")
+    n_wrong = int(labels[~known].sum())
+    if n_wrong:
+        raise TaskError(f"{n_wrong} labels are present but marked as unknown; correct known or the labels")
+    return None if known.all() else known
 
 # %% ../nbs/api/03_tasks.ipynb #tas00114
 def _as_groups(groups):
@@ -188,7 +200,8 @@ class Task:
     ----------
     name : str
     clips : list of Clip
-        Or of any objects with `key` and `load(sample_rate)`; N of them.
+        Or of any objects with `key` and `load(sample_rate)`; N of them. What they hold identifies them, or
+        the str `content_digest` if they have one.
     labels : LongTensor (N,) or Tensor (N, C)
         Class ids, or multi-hot float32 rows for a multi-label task. Arrays and lists of ids, of class names
         or of multi-hot rows are converted.
@@ -204,6 +217,8 @@ class Task:
         The manifest entry that the files come from.
     licence : str, optional
         The licence of the recordings.
+    known : BoolTensor (N, C), optional
+        Which labels of a multi-label task are known; all by default. See `targets`.
 
     Raises
     ------
@@ -219,12 +234,15 @@ class Task:
     sample_rate: int | None = None
     entry: str | None = None
     licence: str | None = None
+    known: torch.Tensor | None = None
 
     def __post_init__(self):
         self.classes = tuple(self.classes)
         self.split = np.asarray(self.split, dtype=str)
         try:
             self.labels = _as_labels(self.labels, self.classes)
+            if self.known is not None:
+                self.known = _as_known(self.known, self.labels)
         except TaskError as error:
             raise TaskError(f"task {self.name}: {error}") from None
         if self.groups is not None:
@@ -289,6 +307,7 @@ def subset(self: Task, indices, name=None):
     """A task of the clips at these positions, with the same classes."""
     keep = np.asarray(indices, dtype=int)
     groups = None if self.groups is None else self.groups[keep]
+    known = None if self.known is None else self.known[torch.from_numpy(keep)]
     return replace(
         self,
         name=name or self.name,
@@ -296,6 +315,7 @@ def subset(self: Task, indices, name=None):
         labels=self.labels[torch.from_numpy(keep)],
         split=self.split[keep],
         groups=groups,
+        known=known,
     )
 
 # %% ../nbs/api/03_tasks.ipynb #tas00120b
@@ -306,6 +326,14 @@ def shared_groups(self: Task):
         return []
     n_sides = pd.Series(self.split).groupby(self.groups).nunique()
     return n_sides.index[n_sides > 1].tolist()
+
+# %% ../nbs/api/03_tasks.ipynb #tas00213
+@patch(as_prop=True)
+def targets(self: Task):
+    """The labels, with NaN for each that is not known; losses and metrics leave those entries out."""
+    if self.known is None:
+        return self.labels
+    return self.labels.masked_fill(~self.known, torch.nan)
 
 # %% ../nbs/api/03_tasks.ipynb #tas00008b
 def _clip_identities(task):
@@ -320,6 +348,8 @@ def _clip_identity(clip, file_content):
     if type(clip) is Mixture:
         parts = [_clip_identity(part, file_content) for part in clip.clips]
         return [parts, clip.gains]
+    if hasattr(clip, "content_digest"):
+        return [clip.key, clip.content_digest]
     files = [file_content(path) for path in getattr(clip, "paths", ())]
     if type(clip) is Clip:
         name = clip.name or Path(clip.path).name
@@ -347,12 +377,16 @@ def content(self: Task):
 def digest(self: Task):
     """SHA-256 of all that a result depends on: waveforms, labels, classes, split and groups."""
     groups = None if self.groups is None else self.groups.tolist()
+    unknown = {}
+    if self.known is not None:
+        unknown["known"] = content_of(self.known)
     parts = identity(
         clips=self.content,
         labels=content_of(self.labels),
         classes=self.classes,
         split=self.split.tolist(),
         groups=groups,
+        **unknown,
     )
     return parts.digest
 
@@ -476,6 +510,7 @@ class _Loader(NamedTuple):
     """A registered loader of tasks."""
     shown: str          # its name in `list_tasks`
     entry: str | None   # the manifest entry that the files come from
+    folds: tuple        # official folds, each of which NAME@FOLD holds out
     facts: dict         # what `list_tasks` shows where it differs from the entry
     load: Callable
 
@@ -483,7 +518,7 @@ class _Loader(NamedTuple):
 _LOADERS = Registry("task", "act.tasks")     # pattern to _Loader
 
 # %% ../nbs/api/03_tasks.ipynb #tas00022b
-def register_task(pattern, name=None, entry=None, **facts):
+def register_task(pattern, name=None, entry=None, folds=(), **facts):
     """Register a loader of tasks.
 
     Parameters
@@ -495,6 +530,9 @@ def register_task(pattern, name=None, entry=None, **facts):
         What `list_tasks` shows; by default the pattern with its groups written as N.
     entry : str, optional
         The manifest entry that the task's files come from.
+    folds : sequence, optional
+        The official folds: the loader must take each as NAME@FOLD, with that fold as the test; see
+        `task_folds`.
     **facts
         What `list_tasks` shows where it differs from the entry: title, labels, classes, clips, licence.
 
@@ -506,10 +544,26 @@ def register_task(pattern, name=None, entry=None, **facts):
     shown = name or re.sub(r"\(.*?\)", "N", pattern)
 
     def register(loader):
-        _LOADERS[pattern] = _Loader(shown, entry, facts, loader)
+        _LOADERS[pattern] = _Loader(shown, entry, tuple(folds), facts, loader)
         return loader
 
     return register
+
+# %% ../nbs/api/03_tasks.ipynb #tas00126a
+FORM = "TASK@FOLD/CLASSES#DRAW:CLIPS"       # every part but TASK may be left out
+_SOME_CLASSES = r"(.+)/(\d+)(?:#(\d+))?"
+_SOME_CLIPS = r"(.+):(\d+)"
+
+
+def _registered(name):
+    """Pattern, match and loader of a task; an error with near matches if no loader knows the name."""
+    registered = _LOADERS.find(name)
+    if registered is not None:
+        return registered
+    known = [loader.shown for loader in _LOADERS.values()]
+    near = ", ".join(near_matches(name, known))
+    form = f" Its parts are written {FORM}" if re.search("[@/#:]", name) else ""
+    raise TaskError(f"unknown task {name!r}: did you mean {near}?{form}")
 
 # %% ../nbs/api/03_tasks.ipynb #tas00126
 def load_task(name):
@@ -518,7 +572,9 @@ def load_task(name):
     Parameters
     ----------
     name : str
-        Such as "asc40-mini", "words-64" or "esc10@2" (official fold 2 as the test).
+        Such as "asc40-mini" or "words-64". Behind it may stand, in this order, the official fold that is the
+        test ("esc10@2"), a number of classes with the draw that chooses them ("asc40-mini/10#1"), and a number
+        of labelled clips of each class ("asc40-mini:5"): "esc10@2/5#1:8".
 
     Returns
     -------
@@ -531,12 +587,7 @@ def load_task(name):
     FetchError
         If its data cannot be fetched.
     """
-    registered = _LOADERS.find(name)
-    if registered is None:
-        known = [loader.shown for loader in _LOADERS.values()]
-        near = ", ".join(near_matches(name, known))
-        raise TaskError(f"unknown task {name!r}: did you mean {near}?")
-    _, match, loader = registered
+    _, match, loader = _registered(name)
     task = loader.load(*match.groups())
     return replace(task, name=name)
 
@@ -572,6 +623,34 @@ def list_tasks():
     rows = [_task_row(loader, entries, states) for loader in loaders]
     return pd.DataFrame(rows).set_index("task").sort_index()
 
+# %% ../nbs/api/03_tasks.ipynb #tas00181
+def task_folds(name):
+    """The names of a task with each of its official folds as the test.
+
+    Parameters
+    ----------
+    name : str
+        A task, such as "esc10". Classes and clips are kept: "esc10/5#1:8" gives "esc10@1/5#1:8" and so on.
+
+    Returns
+    -------
+    list of str
+        The name alone, if the task has no folds or the name holds one out already.
+
+    Raises
+    ------
+    TaskError
+        If no loader knows the name.
+    """
+    pattern, match, loader = _registered(name)
+    if pattern in (_SOME_CLASSES, _SOME_CLIPS):
+        base = match[1]
+        part = name.removeprefix(base)
+        return [fold + part for fold in task_folds(base)]
+    if not loader.folds or "@" in name:
+        return [name]
+    return [f"{name}@{fold}" for fold in loader.folds]
+
 # %% ../nbs/api/03_tasks.ipynb #tas00026
 def _classes_and_labels(labels, classes=None):
     """Class names (sorted unless given), and ids of labels or multi-hot rows of lists of labels."""
@@ -589,15 +668,22 @@ def _classes_and_labels(labels, classes=None):
     return classes, hot
 
 # %% ../nbs/api/03_tasks.ipynb #tas00128
-def _entry_task(entry, names, labels, split, groups=None, classes=None):
-    """A task from the files of a manifest entry; `labels` are class names, or lists of them."""
+def _entry_task(entry, names, labels, split, groups=None, classes=None, stretches=None):
+    """A task from the files of a manifest entry; `labels` are class names, or lists of them.
+
+    `stretches` may give the part of each file that is used, as (start, seconds).
+    """
     folder = fetch(entry)
     names = list(names)
     missing = [name for name in names if not (folder/name).is_file()]
     if missing:
         problem = f"{len(missing)} of {len(names)} listed files are missing, such as {missing[0]}"
         raise TaskError(f"{entry}: {problem}: delete {folder} and fetch again")
-    clips = [Clip(folder/name, name=name) for name in names]
+    if stretches is None:
+        stretches = [(0., None)] * len(names)
+    clips = []
+    for name, (start, seconds) in zip(names, stretches):
+        clips.append(Clip(folder/name, start, seconds, name))
     return _clips_task(entry, clips, labels, split, groups, classes)
 
 # %% ../nbs/api/03_tasks.ipynb #tas00128b
@@ -632,6 +718,12 @@ def _parsed(names, pattern):
     parts = pd.Series(names).str.extract(pattern)
     return parts.assign(name=names)
 
+# %% ../nbs/api/03_tasks.ipynb #tas00184
+def _lot(name):
+    """A number between 0 and 1 that a name gives, by its SHA-256."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return int.from_bytes(digest, "big") / 2 ** 256
+
 # %% ../nbs/api/03_tasks.ipynb #tas00028
 FSDD_SPLIT = dict(jackson="train", nicolas="train", theo="train", george="valid", yweweler="test", lucas="test")
 
@@ -653,7 +745,7 @@ def _leave_one_out(groups, held_out, task):
     return split
 
 # %% ../nbs/api/03_tasks.ipynb #tas00131
-@register_task(r"fsdd(?:@([a-z]+))?", name="fsdd", entry="fsdd")
+@register_task(r"fsdd(?:@([a-z]+))?", name="fsdd", entry="fsdd", folds=sorted(FSDD_SPLIT))
 def _fsdd(held_out):
     """Ten spoken digits, in the fixed speaker-disjoint split or with one speaker as the test."""
     rows = _fsdd_recordings()
@@ -716,7 +808,7 @@ def _fold_split(folds, test_fold, n_folds):
     return [side_of.get(int(fold), "train") for fold in folds]
 
 # %% ../nbs/api/03_tasks.ipynb #tas00034b
-@register_task(r"esc10(?:@(\d+))?", name="esc10", entry="esc10")
+@register_task(r"esc10(?:@(\d+))?", name="esc10", entry="esc10", folds=range(1, 6))
 def _esc10(fold):
     """Ten environmental sounds."""
     names = _files_of("esc10", "0* - */*.ogg")
@@ -763,6 +855,7 @@ def _distinct_mixtures(base, side, n, rng):
     r"esc10-mix(?:@(\d+))?",
     name="esc10-mix",
     entry="esc10",
+    folds=range(1, 6),
     title="ESC-10, mixtures of one to three",
     labels="multi",
     clips=sum(ESC10_MIXTURES.values()),
@@ -784,7 +877,7 @@ def _esc10_mix(fold):
     return replace(base, clips=clips, labels=hot, split=split, groups=None)
 
 # %% ../nbs/api/03_tasks.ipynb #tas00039
-@register_task(r"esc50(?:@(\d+))?", name="esc50", entry="esc50")
+@register_task(r"esc50(?:@(\d+))?", name="esc50", entry="esc50", folds=range(1, 6))
 def _esc50(fold):
     """Fifty environmental sounds in five folds."""
     table = fetch("esc50")/"meta"/"esc50.csv"
@@ -798,7 +891,7 @@ def _esc50(fold):
     )
 
 # %% ../nbs/api/03_tasks.ipynb #tas00039b
-@register_task(r"urbansound8k(?:@(\d+))?", name="urbansound8k", entry="urbansound8k")
+@register_task(r"urbansound8k(?:@(\d+))?", name="urbansound8k", entry="urbansound8k", folds=range(1, 11))
 def _urbansound8k(fold):
     """Ten urban sounds in ten folds."""
     table = fetch("urbansound8k")/"metadata"/"UrbanSound8K.csv"
@@ -879,6 +972,184 @@ def _voxceleb():
         groups=rows["video"],
     )
 
+# %% ../nbs/api/03_tasks.ipynb #tas00191
+SPEECHOCEAN_SPLIT = dict(train=12, valid=3, test=5)         # utterances of a speaker
+SPEECHOCEAN_MINI = dict(train=8, valid=2, test=4)           # of these, what the mini task has
+SPEECHOCEAN_HALVES = ("train", "test")                      # the publisher's division of the speakers
+
+
+def _speechocean_lists(folder):
+    """Utterance, speaker, official half and file of every recording, a DataFrame."""
+    tables = []
+    for half in SPEECHOCEAN_HALVES:
+        table = pd.read_csv(folder/half/"utt2spk", sep=r"\s+", names=["utterance", "speaker"], dtype=str)
+        tables.append(table.assign(half=half))
+    rows = pd.concat(tables, ignore_index=True)
+    rows["name"] = "WAVE/SPEAKER" + rows["speaker"] + "/" + rows["utterance"] + ".WAV"
+    return rows
+
+# %% ../nbs/api/03_tasks.ipynb #tas00192
+def _split_by_lot(rows):
+    """The utterances of each speaker in the order of their lots, with `split` and `place` on that side."""
+    lots = rows["utterance"].map(_lot)
+    rows = rows.assign(lot=lots).sort_values(["speaker", "lot"], ignore_index=True)
+    order = rows.groupby("speaker").cumcount()
+    sides = np.repeat(list(SPEECHOCEAN_SPLIT), list(SPEECHOCEAN_SPLIT.values()))
+    rows["split"] = sides[order]
+    rows["place"] = rows.groupby(["speaker", "split"]).cumcount()
+    return rows
+
+# %% ../nbs/api/03_tasks.ipynb #tas00194
+@register_task(r"speechocean762(?:@(train|test))?", name="speechocean762", entry="speechocean762")
+def _speechocean(half):
+    """Which of 250 speakers, each of one session and device; or of the 125 of an official half."""
+    rows = _split_by_lot(_speechocean_lists(fetch("speechocean762")))
+    if half is not None:
+        rows = rows[rows["half"] == half]
+    return _entry_task("speechocean762", names=rows["name"], labels=rows["speaker"], split=rows["split"])
+
+# %% ../nbs/api/03_tasks.ipynb #tas00196
+SPEECHOCEAN_RATE = 16000    # Hz
+
+
+def _loudest_second(x):
+    """The first start, in samples, of the second with most energy in a waveform (T,) of 16-bit samples."""
+    whole = np.rint(x * 2. ** 15).astype(np.int64)      # integers, so that equal sums are equal
+    energy = np.cumsum(np.square(whole))
+    energy = np.concatenate([[0], energy])
+    of_second = energy[SPEECHOCEAN_RATE:] - energy[:-SPEECHOCEAN_RATE]
+    return int(of_second.argmax()) if len(of_second) else 0
+
+# %% ../nbs/api/03_tasks.ipynb #tas00198
+def _speechocean_cut(folder):
+    """Files, speakers and sides of the mini task, and where each loudest second begins, a DataFrame."""
+    rows = _split_by_lot(_speechocean_lists(folder))
+    is_kept = rows["place"] < rows["split"].map(SPEECHOCEAN_MINI)
+    rows = rows[is_kept].reset_index(drop=True)
+    starts = []
+    for name in rows["name"]:
+        x = read_audio(folder/name, SPEECHOCEAN_RATE).numpy()
+        starts.append(_loudest_second(x) / SPEECHOCEAN_RATE)
+    rows["start"] = starts
+    return rows
+
+# %% ../nbs/api/03_tasks.ipynb #tas00199
+@register_task(r"speechocean762-mini", entry="speechocean762-mini")
+def _speechocean_mini():
+    """Which of 250 speakers, each of one session and device, from one second of speech."""
+    entry = "speechocean762-mini"
+    folder = fetch(entry)
+    if (folder/"metadata.csv").is_file():
+        rows = pd.read_csv(folder/"metadata.csv", dtype=str)
+        return _entry_task(entry, names=rows["file"], labels=rows["speaker"], split=rows["split"])
+    rows = _speechocean_cut(folder)
+    return _entry_task(
+        entry,
+        names=rows["name"],
+        labels=rows["speaker"],
+        split=rows["split"],
+        stretches=[(start, 1.) for start in rows["start"]],
+    )
+
+# %% ../nbs/api/03_tasks.ipynb #tas00201
+SLOTS = dict(
+    coffeeDrink="drink",
+    milkAmount="milk",
+    numberOfShots="shots",
+    roast="roast",
+    size="size",
+    sugarAmount="sugar",
+)
+AMOUNTS = {
+    "a little bit of ": "little",
+    "a bit of ": "little",
+    "some ": "some",
+    "a lot of ": "lot",
+    "lots of ": "lot",
+}
+
+# %% ../nbs/api/03_tasks.ipynb #tas00202
+def _slot_labels(slots):
+    """The labels of one order, sorted; `slots` maps the publisher's slots to what was said."""
+    labels = []
+    for slot, said in slots.items():
+        value = said.strip()
+        for phrase, amount in AMOUNTS.items():
+            if value.startswith(phrase):
+                value = value.removeprefix(phrase)
+                labels.append(f"{SLOTS[slot]}_amount:{amount}")
+        value = value.replace(" ", "_")
+        labels.append(f"{SLOTS[slot]}:{value}")
+    return sorted(labels)
+
+# %% ../nbs/api/03_tasks.ipynb #tas00205
+INTENT_TEST = 186       # clips
+INTENT_VALID = 124      # clips
+
+
+def _intent_split(ids):
+    """The side of each clip: the last by lot are the test, the last of the others validate."""
+    by_lot_of_file = sorted(ids, key=lambda clip: _lot(f"audio/{clip}.opus"))
+    test = set(by_lot_of_file[-INTENT_TEST:])
+    others = sorted(set(ids) - test, key=_lot)
+    valid = set(others[-INTENT_VALID:])
+    sides = []
+    for clip in ids:
+        sides.append("test" if clip in test else "valid" if clip in valid else "train")
+    return sides
+
+# %% ../nbs/api/03_tasks.ipynb #tas00206
+SILENCE = 35        # dB below the loudest frame
+FRAME = .025        # s
+FRAME_HOP = .01     # s
+MARGIN = .05        # s that are kept on either side
+
+
+def _sounding_stretch(x, sample_rate):
+    """Start and length, in seconds, of a waveform (T,) without the silence at its ends."""
+    size = round(FRAME * sample_rate)
+    hop = round(FRAME_HOP * sample_rate)
+    if len(x) < size:
+        return 0., len(x) / sample_rate
+    power = x.unfold(0, size, hop).double().square().mean(1)        # (frames,)
+    is_sounding = power >= power.max() * 10 ** (-SILENCE / 10)
+    frames = is_sounding.nonzero().flatten()
+    margin = round(MARGIN * sample_rate)
+    first = max(0, int(frames[0]) * hop - margin)
+    last = min(len(x), int(frames[-1]) * hop + size + margin)
+    return first / sample_rate, (last - first) / sample_rate
+
+# %% ../nbs/api/03_tasks.ipynb #tas00208
+def _intent_orders(folder):
+    """Name, labels, side and stretch of every clip in the publisher's archive, a DataFrame."""
+    orders = json.loads((folder/"data"/"label"/"label.json").read_text(encoding="utf-8"))
+    rows = []
+    for file, order in sorted(orders.items()):
+        name = f"data/speech/clean/{file}"
+        stretch = _sounding_stretch(read_audio(folder/name, 16000), 16000)
+        rows.append(dict(name=name, labels=_slot_labels(order["slots"]), stretch=stretch))
+    rows = pd.DataFrame(rows)
+    ids = [Path(name).stem for name in rows["name"]]
+    return rows.assign(split=_intent_split(ids))
+
+# %% ../nbs/api/03_tasks.ipynb #tas00209
+@register_task(r"speech-to-intent", entry="speech-to-intent")
+def _speech_to_intent():
+    """Thirty-eight slot values of spoken orders, several in a clip; not speaker-disjoint."""
+    entry = "speech-to-intent"
+    folder = fetch(entry)
+    if (folder/"metadata.csv").is_file():
+        rows = pd.read_csv(folder/"metadata.csv")
+        return _entry_task(entry, names=rows["file"], labels=rows["labels"].str.split(), split=rows["split"])
+    rows = _intent_orders(folder)
+    return _entry_task(
+        entry,
+        names=rows["name"],
+        labels=rows["labels"],
+        split=rows["split"],
+        stretches=rows["stretch"],
+    )
+
 # %% ../nbs/api/03_tasks.ipynb #tas00045
 def _stratified_rest(rows, share):
     """A random share of the rows with the same proportions of species, as BEANS draws it."""
@@ -946,20 +1217,14 @@ def _nsynth():
     )
 
 # %% ../nbs/api/03_tasks.ipynb #tas00049
-def _in_hashed_share(name, share):
-    """Whether a name falls into a share of all names, by its SHA-256."""
-    digest = hashlib.sha256(name.encode()).hexdigest()
-    return int(digest[:8], 16) < share * 16 ** 8
-
-
 def _train_or_valid(names, share=.1):
     """The side of each training clip, a list: a share of them is held out for validation."""
-    return ["valid" if _in_hashed_share(name, share) else "train" for name in names]
+    return ["valid" if _lot(name) < share else "train" for name in names]
 
 # %% ../nbs/api/03_tasks.ipynb #tas00140
 @register_task(r"openmic18", entry="openmic18")
 def _openmic():
-    """Twenty instruments, several in a clip; unknown ones count as absent."""
+    """Twenty instruments, several in a clip; those that nobody judged are marked as unknown."""
     folder = fetch("openmic18")
     table = pd.read_csv(folder/"openmic-2018-aggregated-labels.csv")
     relevant = table[table["relevance"] >= .5]
@@ -967,13 +1232,17 @@ def _openmic():
     train = (folder/"partitions"/"split01_train.csv").read_text().split()
     test = (folder/"partitions"/"split01_test.csv").read_text().split()
     keys = train + test
-    return _entry_task(
+    classes = sorted(set(table["instrument"]))
+    judged = pd.crosstab(table["sample_key"], table["instrument"])
+    judged = judged.reindex(index=keys, columns=classes, fill_value=0)
+    task = _entry_task(
         "openmic18",
         names=[f"audio/{key[:3]}/{key}.ogg" for key in keys],
         labels=[instruments.get(key, []) for key in keys],
         split=_train_or_valid(train) + ["test"] * len(test),
-        classes=sorted(set(table["instrument"])),
+        classes=classes,
     )
+    return replace(task, known=judged.to_numpy() > 0)
 
 # %% ../nbs/api/03_tasks.ipynb #tas00052
 DRUMS = dict(KD="kick", SD="snare", HH="hi-hat", TT="tom", CY="cymbal", OT="other")
@@ -1320,7 +1589,7 @@ def _too_few_groups(n, shares):
 # %% ../nbs/api/03_tasks.ipynb #tas00154
 @dataclass
 class _Listing:
-    """What a folder or a table lists.
+    """What a folder, a table or a data set lists.
 
     Parameters
     ----------
@@ -1329,7 +1598,7 @@ class _Listing:
     names : list of str
         Of the files, relative and with slashes.
     paths : list of Path
-        Of the files; None for a file that does not exist.
+        Of the files; None for a file that does not exist. Empty if `clips` are given.
     labels : list of str, or of list of str
         For each file.
     split, groups : list of str, optional
@@ -1338,6 +1607,14 @@ class _Listing:
         Why no task can be made.
     notes : list of str
         What the user should know.
+    clips : list, optional
+        What is no file.
+    sample_rate : int, optional
+        Of these clips, in Hz.
+    classes : sequence of str, optional
+        All classes; by default those that occur, sorted.
+    may_lack_labels : bool
+        Whether a clip may have an empty list of labels.
     """
     name: str
     names: list
@@ -1347,25 +1624,40 @@ class _Listing:
     groups: list | None = None
     problems: list = ()
     notes: list = ()
+    clips: list | None = None
+    sample_rate: int | None = None
+    classes: tuple | None = None
+    may_lack_labels: bool = False
 
 # %% ../nbs/api/03_tasks.ipynb #tas00060
+def _try_each(reads):
+    """What functions return, given as pairs of a name and a function; and the problems of those that fail."""
+    results = []
+    refused = {}                        # a problem: the names of the recordings that have it
+    for name, read in reads:
+        try:
+            results.append(read())
+        except AudioError as error:
+            problem = str(error).removeprefix(f"{name}: ")
+            refused.setdefault(problem, []).append(name)
+    problems = []
+    for problem, names in refused.items():
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        problems.append(f"{names[0]}{others}: {problem}")
+    return results, problems
+
+
+def _most_frequent_rate(infos):
+    """The most frequent of the sampling rates in pairs (rate, duration); None if there are none."""
+    rates = Counter(rate for rate, _ in infos)
+    return rates.most_common(1)[0][0] if rates else None
+
+
 def _check_files(paths):
     """The most frequent sampling rate, and the problems of files that cannot be read; skips None."""
-    rates = Counter()
-    refused = {}                        # a problem: the files that have it
-    for path in filter(None, paths):
-        try:
-            sample_rate, _ = check_audio(path)
-            rates[sample_rate] += 1
-        except AudioError as error:
-            problem = str(error).removeprefix(f"{path}: ")
-            refused.setdefault(problem, []).append(path)
-    problems = []
-    for problem, files in refused.items():
-        others = f" and {len(files) - 1} more" if len(files) > 1 else ""
-        problems.append(f"{files[0]}{others}: {problem}")
-    sample_rate = rates.most_common(1)[0][0] if rates else None
-    return sample_rate, problems
+    checks = [(path, functools.partial(check_audio, path)) for path in paths if path]
+    infos, problems = _try_each(checks)
+    return _most_frequent_rate(infos), problems
 
 # %% ../nbs/api/03_tasks.ipynb #tas00156
 def _class_counts(labels):
@@ -1384,7 +1676,7 @@ def _name_problems(listing):
         if count > 1:
             problems.append(f"{name}: listed {count} times")
     for name, label in zip(listing.names, listing.labels):
-        if not label:
+        if label == "" or not (label or listing.may_lack_labels):
             problems.append(f"{name}: has no label")
     return problems
 
@@ -1488,12 +1780,14 @@ def _task_of(listing, sides, licence):
     problems = [*listing.problems, *unreadable, *_listing_problems(listing, sides)]
     if problems:
         _raise_problems(listing, problems)
-    classes, labels = _classes_and_labels(listing.labels)
+    classes, labels = _classes_and_labels(listing.labels, listing.classes)
     split = listing.split
     if split is None:
         shares = {side: SHARES[side] for side in sides}
         split = split_groups(labels, listing.groups, shares)
-    clips = [Clip(path, name=name) for name, path in zip(listing.names, listing.paths)]
+    clips = listing.clips
+    if clips is None:
+        clips = [Clip(path, name=name) for name, path in zip(listing.names, listing.paths)]
     task = Task(
         name=listing.name,
         clips=clips,
@@ -1501,7 +1795,7 @@ def _task_of(listing, sides, licence):
         classes=classes,
         split=split,
         groups=listing.groups,
-        sample_rate=sample_rate,
+        sample_rate=listing.sample_rate or sample_rate,
         licence=licence,
     )
     notes = [*listing.notes, *_missing_classes(task, sides), *_similar_classes(classes)]
@@ -1563,12 +1857,29 @@ def _clean(name):
     words = _composed(name).split()
     return " ".join(words)
 
+# %% ../nbs/api/03_tasks.ipynb #tas00165b
+def files_below(folder):
+    """Every file in a folder and below it.
 
-def _files_below(root):
-    """(name, path) of every file below a folder, sorted; names are relative, in NFC and with slashes."""
+    Hidden files and those of the operating system are left out, linked folders are followed.
+
+    Parameters
+    ----------
+    folder : Path
+
+    Returns
+    -------
+    list of (str, Path)
+        Sorted by name: the path relative to the folder, in NFC and with slashes.
+
+    Raises
+    ------
+    TaskError
+        If a folder cannot be read.
+    """
     files = []
-    for path in map(Path, _walk(root, set())):
-        name = path.relative_to(root).as_posix()
+    for path in map(Path, _walk(folder, set())):
+        name = path.relative_to(folder).as_posix()
         files.append((_composed(name), path))
     return sorted(files)
 
@@ -1752,7 +2063,7 @@ def _class_folders(root, side_of):
 # %% ../nbs/api/03_tasks.ipynb #tas00173
 def _folder_listing(root):
     """The listing of a folder of class folders, or of side folders with class folders."""
-    files = _files_below(root)
+    files = files_below(root)
     audio = [name for name, _ in files if _is_audio(name)]
     side_of = _sides_of(root, _folders_in(root), audio)
     depth = 1 if side_of else 0                             # the place of the class in a path
@@ -1978,7 +2289,7 @@ def _locate_all(root, cells):
     paths = [path for _, path in files]
     if all(paths):
         return names, paths, []
-    known = dict(_files_below(root)) if root.is_dir() else {}
+    known = dict(files_below(root)) if root.is_dir() else {}
     paths = [path or known.get(name) for name, path in files]       # NFC and NFD in one path
     missing = [name for name, path in zip(names, paths) if not path]
     if not missing:
@@ -2086,41 +2397,797 @@ def csv_task(
     )
     return _task_of(listing, sides, licence)
 
+# %% ../nbs/api/03_tasks.ipynb #tas00201
+from collections.abc import Mapping
+
+from act.audio import MAX_RATE, MIN_RATE, ArrayClip, ItemClip, RowClip, as_waveform
+from act.core import import_extra
+
+# %% ../nbs/api/03_tasks.ipynb #tas00203
+def _plain_list(values):
+    """The entries of a tensor, an array or a column, or of a list of these, as Python objects."""
+    if hasattr(values, "tolist"):
+        values = values.tolist()
+    try:
+        values = list(values)
+    except TypeError:
+        raise TaskError(f"{values!r} is no list with one entry for each clip") from None
+    return [value.tolist() if hasattr(value, "tolist") else value for value in values]
+
+
+def _is_missing(label):
+    """Whether a label is None, NaN, blank or a negative class id."""
+    if isinstance(label, str):
+        return not label.strip()
+    if pd.isna(label):
+        return True
+    return isinstance(label, (int, float)) and label < 0
+
+# %% ../nbs/api/03_tasks.ipynb #tas00204
+def _is_row(label):
+    """Whether a label is a list of labels."""
+    return isinstance(label, (list, tuple, set))
+
+
+def _is_single_id(label):
+    """Whether a label is missing, or a list that holds one number."""
+    if not _is_row(label):
+        return _is_missing(label)
+    return len(label) == 1 and isinstance(list(label)[0], (int, float))
+
+
+def _names_of_labels(labels, classes=None):
+    """The name of each label ("" if it is missing), or a list of names for each; and all classes, or None."""
+    if classes is not None:
+        classes = tuple(_clean(str(name)) for name in classes)
+    if all(_is_single_id(label) for label in labels):
+        labels = [list(label)[0] if _is_row(label) else None for label in labels]       # a column of ids
+    if any(_is_row(label) for label in labels):
+        return _names_of_rows(labels, classes)
+    if any(isinstance(label, str) for label in labels):
+        return _names_of_names(labels), classes
+    return _names_of_ids(labels, classes)
+
+# %% ../nbs/api/03_tasks.ipynb #tas00205
+def _names_of_names(labels):
+    """Names in one spelling, "" for missing ones."""
+    names = []
+    for i, label in enumerate(labels):
+        if _is_missing(label):
+            names.append("")
+        elif isinstance(label, str):
+            names.append(_clean(label))
+        else:
+            remedy = "give names only, or class ids only"
+            raise TaskError(f"row {i} has the label {label!r} beside names: {remedy}")
+    return names
+
+# %% ../nbs/api/03_tasks.ipynb #tas00206
+def _names_of_ids(labels, classes):
+    """The names of class ids, which are the ids themselves where there are no classes; and the classes."""
+    ids = [-1 if _is_missing(label) else label for label in labels]
+    for i, label in enumerate(ids):
+        if not isinstance(label, (int, float)) or label != int(label):
+            raise TaskError(f"row {i} has the label {label!r}: give names or whole class ids")
+    ids = [int(label) for label in ids]
+    known = sorted(set(ids) - {-1})
+    if classes is None:
+        name_of = {i: str(i) for i in known}
+        classes = tuple(name_of.values())
+    else:
+        name_of = dict(enumerate(classes))
+    beyond = [i for i in known if i not in name_of]
+    if beyond:
+        raise TaskError(f"class ids {beyond[:MAX_LISTED]} are beyond the {len(classes)} classes")
+    return [name_of.get(i, "") for i in ids], classes
+
+# %% ../nbs/api/03_tasks.ipynb #tas00207
+def _names_of_rows(labels, classes):
+    """The names in each row of names or of 0 and 1; and the classes."""
+    rows = []
+    for label in labels:
+        if _is_row(label):
+            rows.append(list(label))
+        else:
+            rows.append("" if _is_missing(label) else [label])
+    values = [value for row in rows for value in row]
+    if any(_is_row(value) for value in values):
+        raise TaskError("labels in lists of lists of lists: give lists of names, or multi-hot rows")
+    if values and not any(isinstance(value, str) for value in values):
+        return _names_of_hot(rows, classes)
+    return [row if row == "" else _names_of_names(row) for row in rows], classes
+
+
+def _names_of_hot(rows, classes):
+    """The names of the ones in multi-hot rows; and the classes, which are numbers if they are not given."""
+    lengths = {len(row) for row in rows if row != ""}
+    values = {value for row in rows for value in row}
+    if len(lengths) > 1 or not values <= {0, 1}:
+        forms = "multi-hot rows, a 0 or 1 for each class; or give lists of names"
+        raise TaskError(f"lists of numbers must be {forms}")
+    n_columns = lengths.pop()
+    if classes is None:
+        classes = tuple(str(i) for i in range(n_columns))
+    if n_columns != len(classes):
+        raise TaskError(f"multi-hot rows of {n_columns}, but {len(classes)} classes")
+    named = []
+    for row in rows:
+        named.append(row if row == "" else [name for name, on in zip(classes, row) if on])
+    return named, classes
+
+# %% ../nbs/api/03_tasks.ipynb #tas00211
+def _check_rate(sample_rate):
+    """The sampling rate as an int; refuse what is no whole number of Hz that a recording may have."""
+    try:
+        hertz = int(sample_rate)
+        is_whole = hertz == sample_rate
+    except (TypeError, ValueError):
+        is_whole = False
+    if not is_whole or not MIN_RATE <= hertz <= MAX_RATE:
+        raise TaskError(f"sample_rate={sample_rate!r}: give whole Hz, from {MIN_RATE} to {MAX_RATE}")
+    return hertz
+
+
+def _check_counts(n, **parts):
+    """Refuse parts that do not have `n` entries; None has none to compare."""
+    for part, values in parts.items():
+        if values is not None and len(values) != n:
+            raise TaskError(f"{_counted(n, 'clip')} but {len(values)} {part}")
+
+# %% ../nbs/api/03_tasks.ipynb #tas00212
+def _check_known(labels, classes):
+    """Refuse names that are none of the classes, if these are given."""
+    if classes is None:
+        return
+    unknown = sorted(set(_class_counts(labels)) - set(classes))
+    if unknown:
+        near = near_matches(unknown[0], classes)[:MAX_LISTED]
+        raise TaskError(f"labels {unknown[:MAX_LISTED]} are none of the classes, such as {near}")
+
+
+def _notes_on_unlabelled(labels):
+    """A note on clips of a multi-label task that have no label."""
+    n_empty = sum(label == [] for label in labels)
+    if not n_empty:
+        return []
+    return [f"{n_empty} of {_counted(len(labels), 'clip')} have no label"]
+
+
+def _sides_in(values):
+    """The sides that a list of names means; "" for missing ones."""
+    return ["" if _is_missing(value) else _side(str(value)) for value in values]
+
+# %% ../nbs/api/03_tasks.ipynb #tas00213
+def _array_listing(name, waveforms, labels, sample_rate, classes, groups, split):
+    """The listing of waveforms in memory."""
+    sample_rate = _check_rate(sample_rate)
+    try:
+        waveforms = list(waveforms)
+    except TypeError:
+        remedy = "give a list of arrays (T_i,), or an array (N, T)"
+        raise TaskError(f"waveforms={waveforms!r}: {remedy}") from None
+    labels = _plain_list(labels)
+    groups = None if groups is None else _plain_list(groups)
+    split = None if split is None else _plain_list(split)
+    _check_counts(len(waveforms), labels=labels, groups=groups, split=split)
+    labels, classes = _names_of_labels(labels, classes)
+    _check_known(labels, classes)
+    reads = []
+    for i, x in enumerate(waveforms):
+        reads.append((f"row {i}", functools.partial(ArrayClip, x, sample_rate, f"row {i}")))
+    clips, problems = _try_each(reads)
+    return _Listing(
+        name=name,
+        names=[row for row, _ in reads],
+        paths=[],
+        labels=labels,
+        split=None if split is None else _sides_in(split),
+        groups=groups,
+        problems=problems,
+        notes=_notes_on_unlabelled(labels),
+        clips=clips,
+        sample_rate=sample_rate,
+        classes=classes,
+        may_lack_labels=True,
+    )
+
+# %% ../nbs/api/03_tasks.ipynb #tas00214
+@patch(cls_method=True)
+def from_arrays(
+    cls: Task,
+    waveforms,
+    labels,
+    sample_rate,
+    name="arrays",
+    classes=None,
+    groups=None,
+    split=None,
+    licence=None,
+    sides=SPLITS,
+):
+    """A task from waveforms in memory.
+
+    Parameters
+    ----------
+    waveforms : list of arrays (T_i,), or array (N, T)
+        NumPy or PyTorch. Floats in [-1, 1], or 16-bit integers, which are divided by 32768. Entries of the
+        shape (channels, T) are averaged over the channels. A copy is kept, as float32.
+    labels : list or array
+        For each clip a name or a class id; or, for a multi-label task, a list of names or a multi-hot row.
+    sample_rate : int
+        Hz.
+    name : str
+        Of the task.
+    classes : sequence of str, optional
+        All classes, in the order of class ids and of multi-hot columns. By default those that occur, sorted;
+        ids and columns are then named by their number.
+    groups : list, optional
+        What must stay together, such as the speaker of each clip; a clip without one (None) is a group of its
+        own.
+    split : list of str, optional
+        The side of each clip (train, valid, test in any usual spelling).
+    licence : str, optional
+        The licence of the recordings, kept with the task.
+    sides : sequence of str
+        The sides that must have clips.
+
+    Returns
+    -------
+    Task
+        Split by `split_groups` unless a split is given. Its content is that of the samples, whatever their
+        type was.
+
+    Raises
+    ------
+    TaskError
+        If lengths differ or labels fit no form; or naming the problems of rows, all at once.
+
+    Warns
+    -----
+    ActWarning
+        Of clips without a label in a multi-label task, and of classes that are missing on a side.
+    """
+    try:
+        listing = _array_listing(name, waveforms, labels, sample_rate, classes, groups, split)
+    except TaskError as error:
+        raise TaskError(f"{name}: {error}") from None
+    return _task_of(listing, sides, licence)
+
+# %% ../nbs/api/03_tasks.ipynb #tas00221
+def _is_table(ds):
+    """Whether a data set is a `Dataset` of Hugging Face."""
+    return hasattr(ds, "features") and hasattr(ds, "cast_column")
+
+
+def _is_audio_column(ds, column):
+    """Whether a column of a table has the type `Audio`."""
+    return type(ds.features[column]).__name__ == "Audio"
+
+
+def _table_column(ds, role, *names, like=None):
+    """The first of these names that is a column; else an error with near matches, those of one kind first."""
+    for name in names:
+        if name in ds.column_names:
+            return name
+    likely = [column for column in ds.column_names if like and like(ds, column)]
+    near = likely or near_matches(str(names[0]), ds.column_names)
+    columns = ", ".join(ds.column_names)
+    raise TaskError(f"has no column {names[0]!r}, only {columns}: give {role}=, such as {role}={near[0]!r}")
+
+# %% ../nbs/api/03_tasks.ipynb #tas00222
+def _undecoded(ds, column):
+    """The column of recordings alone, whose cells stay encoded."""
+    feature = ds.features[column]
+    if not _is_audio_column(ds, column):
+        remedy = f"ds.cast_column({column!r}, datasets.Audio()) makes it recordings"
+        raise TaskError(f"the column {column!r} holds {feature}, not Audio: {remedy}")
+    rows = ds.with_format(None).select_columns([column])
+    encoded = type(feature)(decode=False)
+    return rows.cast_column(column, encoded)
+
+
+def _table_labels(ds, column):
+    """The labels in a column, as names where it knows them; and all names that it knows, or None."""
+    feature = ds.features[column]
+    labels = list(ds.with_format(None)[column])
+    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
+    names = getattr(inner, "names", None)
+    if names is None:
+        return labels, None
+    if inner is feature:
+        return _names_of_labels(labels, names)
+    rows = []
+    for ids in labels:
+        rows.append("" if ids is None else [names[i] for i in ids])
+    return _names_of_labels(rows, names)
+
+# %% ../nbs/api/03_tasks.ipynb #tas00223
+def _check_clip(clip):
+    """The rate and the duration of a recording in a table."""
+    return check_audio(clip.recording)
+
+
+def _lacks_label(label):
+    """Whether a label is missing; a list of labels, even an empty one, is not."""
+    return not _is_row(label) and _is_missing(label)
+
+
+def _check_labelled(part, labels):
+    """Refuse a part of a data set none of whose clips has a label."""
+    if not all(_lacks_label(label) for label in labels):
+        return
+    part = f"split {part!r}" if part else "the data set"
+    remedy = "name the splits to use, such as split={'train': 'train', 'validation': 'test'}"
+    raise TaskError(f"{part} has no labels ({_counted(len(labels), 'row')} without one); {remedy}")
+
+
+def _row_names(part, n):
+    """What messages call the rows of a part of a data set."""
+    prefix = f"{part} row" if part else "row"
+    return [f"{prefix} {i}" for i in range(n)]
+
+# %% ../nbs/api/03_tasks.ipynb #tas00224
+def _table_listing(part, ds, columns):
+    """The listing of a `Dataset`; `columns` names those of audio, label, groups and split, or None."""
+    audio = _table_column(ds, "audio", columns["audio"], like=_is_audio_column)
+    rows = _undecoded(ds, audio)
+    label = _table_column(ds, "label", columns["label"], "labels")
+    labels, classes = _table_labels(ds, label)
+    _check_labelled(part, labels)
+    names = _row_names(part, len(rows))
+    clips = [RowClip(rows, i, audio, name) for i, name in enumerate(names)]
+    infos, problems = _try_each((clip.name, functools.partial(_check_clip, clip)) for clip in clips)
+    extra = {}
+    for role in ("groups", "split"):
+        column = columns[role] and _table_column(ds, role, columns[role])
+        extra[role] = _plain_list(ds.with_format(None)[column]) if column else None
+    return _Listing(
+        name=part,
+        names=names,
+        paths=[],
+        labels=labels,
+        problems=problems,
+        clips=clips,
+        sample_rate=_most_frequent_rate(infos),
+        classes=classes,
+        **extra,
+    )
+
+# %% ../nbs/api/03_tasks.ipynb #tas00231
+def _item(ds, i):
+    """An item of a data set as a tuple; whatever the data set raises becomes one line."""
+    try:
+        item = ds[i]
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise TaskError(f"row {i}: the data set raises {reason}") from error
+    if not isinstance(item, (tuple, list)):
+        raise TaskError(f"row {i}: is a {type(item).__name__}, not a tuple (waveform, sample_rate, label)")
+    return item
+
+
+def _field(item, i, role, position):
+    """One field of an item; an error if it has none at this position."""
+    if position < len(item):
+        return item[position]
+    remedy = "give sample_rate= if items are (waveform, label)"
+    if role != "label":
+        remedy = f"{role}= is the position in (waveform, ...)"
+    raise TaskError(f"row {i}: has {len(item)} fields, so none is {role}={position}; {remedy}")
+
+# %% ../nbs/api/03_tasks.ipynb #tas00232
+def _item_clip(ds, i, name, x, sample_rate):
+    """The clip of an item."""
+    samples = as_waveform(x)
+    return ItemClip.read(ds, i, samples, sample_rate, name)
+
+
+def _check_positions(columns):
+    """The positions of label and groups in an item; refuse names of columns, which a tuple does not have."""
+    positions = {}
+    for role in ("label", "groups"):
+        position = columns[role]
+        if position is not None and not isinstance(position, int):
+            raise TaskError(f"{role}={position!r}: the items are tuples; give the position, such as {role}=2")
+        positions[role] = position
+    if columns["split"] is not None:
+        raise TaskError(f"split={columns['split']!r}: give the sides in a list, or a dict of data sets")
+    return positions
+
+# %% ../nbs/api/03_tasks.ipynb #tas00233
+def _item_reads(ds, names, sample_rate, positions, fields):
+    """Yield the name of each item and a function that makes its clip; its other fields go into `fields`."""
+    for i, name in enumerate(names):
+        item = _item(ds, i)
+        rate = _field(item, i, "sample_rate", 1) if sample_rate is None else sample_rate
+        for role, position in positions.items():
+            value = None if position is None else _field(item, i, role, position)
+            fields[role].append(value)
+        yield name, functools.partial(_item_clip, ds, i, name, item[0], _check_rate(rate))
+
+
+def _check_layout(labels, sample_rate):
+    """Refuse labels that are the sampling rate, because the items hold it."""
+    if sample_rate is None or any(isinstance(label, list) or label != sample_rate for label in labels):
+        return
+    raise TaskError(f"all labels are {sample_rate}: the items hold their rate, so leave out sample_rate=")
+
+# %% ../nbs/api/03_tasks.ipynb #tas00234
+def _item_listing(part, ds, columns, sample_rate):
+    """The listing of a map-style data set, each of whose items is read once."""
+    label = columns["label"]
+    if label == "label":
+        label = 2 if sample_rate is None else 1
+    positions = _check_positions(dict(columns, label=label))
+    names = _row_names(part, len(ds))
+    fields = dict(label=[], groups=[])
+    clips, problems = _try_each(_item_reads(ds, names, sample_rate, positions, fields))
+    labels = _plain_list(fields["label"])
+    _check_layout(labels, sample_rate)
+    _check_labelled(part, labels)
+    return _Listing(
+        name=part,
+        names=names,
+        paths=[],
+        labels=labels,
+        groups=None if columns["groups"] is None else _plain_list(fields["groups"]),
+        problems=problems,
+        clips=clips,
+        sample_rate=_most_frequent_rate([(clip.sample_rate, clip.duration) for clip in clips]),
+    )
+
+# %% ../nbs/api/03_tasks.ipynb #tas00241
+def _parts_of(ds, split):
+    """(name, side, data set) of each part of a dict; of a single data set without a name and a side."""
+    if not isinstance(ds, Mapping):
+        return [("", None, ds)]
+    chosen = {name: _side(str(name)) for name in ds} if split is None else split
+    if not isinstance(chosen, Mapping):
+        raise TaskError(f"split={split!r}: for a dict of data sets give one such as {{'train': 'train'}}")
+    parts = []
+    for name, side in chosen.items():
+        if name not in ds:
+            raise TaskError(f"has no split {name!r}, only {', '.join(map(str, ds))}")
+        if _side(str(side)) not in SPLITS:
+            remedy = f"name the splits to use, such as split={{{name!r}: 'test'}}"
+            raise TaskError(f"split {name!r} is none of {', '.join(SPLITS)}: {remedy}")
+        parts.append((name, _side(str(side)), ds[name]))
+    return parts
+
+# %% ../nbs/api/03_tasks.ipynb #tas00242
+def _part_listing(part, ds, columns, sample_rate):
+    """The listing of a part of a data set of either kind."""
+    kind = type(ds).__name__
+    if not (hasattr(ds, "__getitem__") and hasattr(ds, "__len__")):
+        remedy = "give a Dataset (streaming=False) or DatasetDict, or a map-style PyTorch data set"
+        raise TaskError(f"a {kind} has no rows to choose from: {remedy}")
+    if not len(ds):
+        raise TaskError(f"split {part!r} has no rows" if part else "the data set has no rows")
+    if not _is_table(ds):
+        return _item_listing(part, ds, columns, sample_rate)
+    if sample_rate is not None:
+        problem = "the recordings of a Dataset have rates of their own; leave it out"
+        raise TaskError(f"sample_rate={sample_rate}: {problem}")
+    return _table_listing(part, ds, columns)
+
+# %% ../nbs/api/03_tasks.ipynb #tas00243
+def _given(n, columns):
+    """Groups and sides that were given as lists, by role; they are taken out of `columns`."""
+    given = {}
+    for role in ("groups", "split"):
+        value = columns[role]
+        if value is not None and not isinstance(value, (str, int)):
+            given[role] = _plain_list(value)
+            columns[role] = None
+    _check_counts(n, **given)
+    return given
+
+
+def _merged(name, listings, classes):
+    """One listing of all parts of a data set."""
+    merged = _Listing(name, [], [], [], problems=[], clips=[], may_lack_labels=True)
+    for part in ("names", "labels", "problems", "clips"):
+        for listing in listings:
+            getattr(merged, part).extend(getattr(listing, part))
+    for part in ("groups", "split"):
+        if getattr(listings[0], part) is not None:
+            setattr(merged, part, [value for listing in listings for value in getattr(listing, part)])
+    known = {listing.classes for listing in listings}
+    if classes is None and len(known) > 1:
+        raise TaskError(f"the splits {[listing.name for listing in listings]} have different class names")
+    merged.labels, merged.classes = _names_of_labels(merged.labels, classes or listings[0].classes)
+    _check_known(merged.labels, merged.classes)
+    merged.notes = _notes_on_unlabelled(merged.labels)
+    merged.sample_rate = listings[0].sample_rate
+    return merged
+
+# %% ../nbs/api/03_tasks.ipynb #tas00244
+def _dataset_listing(name, ds, columns, classes, sample_rate):
+    """The listing of a data set, of all its parts if it is a dict."""
+    listings = []
+    is_dict = isinstance(ds, Mapping)
+    parts = _parts_of(ds, columns["split"])
+    if not parts:
+        raise TaskError("has no splits")
+    columns = dict(columns, split=None if is_dict else columns["split"])
+    given = {} if is_dict or not hasattr(ds, "__len__") else _given(len(ds), columns)
+    if is_dict and not isinstance(columns["groups"], (str, int, type(None))):
+        raise TaskError("groups= names a column, or a position in the items, of each data set in a dict")
+    for part, side, rows in parts:
+        listing = _part_listing(part, rows, columns, sample_rate)
+        if side:
+            listing.split = [side] * len(listing.names)
+        for role, values in given.items():
+            setattr(listing, role, values)
+        if listing.split is not None:
+            listing.split = _sides_in(listing.split)
+        listings.append(listing)
+    return _merged(name, listings, classes)
+
+# %% ../nbs/api/03_tasks.ipynb #tas00245
+def _with_drawn_sides(listing, sides):
+    """The listing with the sides that are missing drawn from train, by groups, and a note that says so."""
+    given = set(listing.split or ())
+    missing = [side for side in sides if side not in given]
+    if "train" not in given or not missing or listing.problems:
+        return listing
+    split = np.array(listing.split, dtype=object)
+    train = np.flatnonzero(split == "train")
+    _, labels = _classes_and_labels([listing.labels[i] for i in train])
+    groups = None if listing.groups is None else [listing.groups[i] for i in train]
+    shares = {side: SHARES[side] for side in missing}
+    shares = {"train": 1 - sum(shares.values()), **shares}
+    split[train] = split_groups(labels, groups, shares)
+    notes = list(listing.notes)
+    if len(given) > 1:
+        notes.append(f"no {' and '.join(missing)} in the data set: drawn from train")
+    return replace(listing, split=split.tolist(), notes=notes)
+
+# %% ../nbs/api/03_tasks.ipynb #tas00246
+@patch(cls_method=True)
+def from_dataset(
+    cls: Task,
+    ds,
+    audio="audio",
+    label="label",
+    split=None,
+    groups=None,
+    name=None,
+    classes=None,
+    sample_rate=None,
+    licence=None,
+    sides=SPLITS,
+):
+    """A task from a data set of Hugging Face or of PyTorch.
+
+    Parameters
+    ----------
+    ds : datasets.Dataset, map-style torch.utils.data.Dataset, or a dict of either
+        A `DatasetDict` is such a dict. Items of a PyTorch data set are (waveform, sample_rate, label, ...),
+        or (waveform, label, ...) if `sample_rate` is given; waveforms are as `as_waveform` takes them.
+    audio : str
+        The column of type `Audio`.
+    label : str or int
+        The column of labels ("labels" is found, too): class ids with or without names, or names; lists of
+        these make the task multi-label. In PyTorch data sets, the position of the label in an item.
+    split : optional
+        For a dict, which of its parts to use and as what, such as ``{"train.clean": "train"}``; by default
+        all, whose names must be usual spellings of train, valid and test. For one data set, a column of sides
+        or a list of them.
+    groups : str, int or list, optional
+        The column (or position in an item) of what must stay together, such as the speaker; for one data set
+        also a list.
+    name : str, optional
+        Of the task; by default that of the data set.
+    classes : sequence of str, optional
+        All classes; by default those that the column knows, else those that occur, sorted.
+    sample_rate : int, optional
+        Hz, for PyTorch data sets whose items do not have it.
+    licence : str, optional
+        The licence of the recordings; by default what the data set says.
+    sides : sequence of str
+        The sides that must have clips.
+
+    Returns
+    -------
+    Task
+        A side that the data set does not have is drawn from its train part by `split_groups`. Recordings stay
+        where they are until they are needed; their content identifies them.
+
+    Raises
+    ------
+    TaskError
+        If a column or a part is missing, or a part has no labels; or naming the problems of rows, all at
+        once.
+
+    Warns
+    -----
+    ActWarning
+        Of sides that were drawn beside given ones, of clips without a label in a multi-label task, and of
+        classes that are missing on a side.
+    """
+    first = next(iter(ds.values()), None) if isinstance(ds, Mapping) else ds
+    info = getattr(first, "info", None)
+    name = name or getattr(info, "dataset_name", None) or type(first).__name__
+    columns = dict(audio=audio, label=label, split=split, groups=groups)
+    try:
+        listing = _dataset_listing(name, ds, columns, classes, sample_rate)
+        listing = _with_drawn_sides(listing, sides)
+    except TaskError as error:
+        raise TaskError(f"{name}: {error}") from None
+    return _task_of(listing, sides, licence or getattr(info, "license", None) or None)
+
+# %% ../nbs/api/03_tasks.ipynb #tas00251
+OWN_DATA = ("folder:", "csv:", "hub:")      # what names of the user's own data begin with
+
+
+@register_task(r"(?s)folder:(.+)", name="folder:PATH", title="A folder of recordings, by its path")
+def _folder_by_name(path):
+    """A folder of recordings."""
+    return folder_task(path)
+
+
+@register_task(r"(?s)csv:(.+)", name="csv:TABLE", title="A table of files and labels, by its path")
+def _table_by_name(path):
+    """A table of files and labels."""
+    return csv_task(path)
+
+# %% ../nbs/api/03_tasks.ipynb #tas00252
+_OPTION = "(?:audio|label|groups)=[^&?]+"
+_HUB_NAME = re.compile(rf"(?s)(?P<source>.+?)(?:[?](?P<options>{_OPTION}(?:&{_OPTION})*))?")
+_HUB_ID = re.compile(r"(?P<path>[\w.-]+(?:/[\w.-]+)?)(?::(?P<name>[^@?]+))?(?:@(?P<revision>[^?]+))?")
+
+
+class _HubName(NamedTuple):
+    """What follows `hub:`."""
+    folder: Path | None     # of files here
+    remote: dict            # else what `datasets.load_dataset` is told: path, name, revision
+    options: dict           # for `Task.from_dataset`
+
+
+def _parse_hub(text):
+    """The parts of what follows `hub:`."""
+    parts = _HUB_NAME.fullmatch(text)
+    pairs = (parts["options"] or "").split("&")
+    options = dict(pair.split("=", 1) for pair in pairs if pair)
+    source = parts["source"]
+    if source.startswith(("/", ".", "~")) or Path(source).is_absolute():
+        return _HubName(full_path(source), {}, options)
+    remote = _HUB_ID.fullmatch(source)
+    if remote is None:
+        form = "hub:OWNER/NAME:CONFIG@REVISION?audio=COLUMN&label=COLUMN&groups=COLUMN, or hub:./FOLDER"
+        raise TaskError(f"hub:{text}: expected {form}, with only the parts that are needed")
+    return _HubName(None, remote.groupdict(), options)
+
+# %% ../nbs/api/03_tasks.ipynb #tas00253
+def _read_folder(datasets, folder):
+    """The data set in a folder, or in one Parquet file."""
+    if not folder.exists():
+        raise FileNotFoundError("no such folder")
+    if (folder/"dataset_dict.json").exists() or (folder/"state.json").exists():
+        return datasets.load_from_disk(str(folder))
+    if folder.is_file():
+        return datasets.load_dataset("parquet", data_files=str(folder))
+    return datasets.load_dataset(str(folder))
+
+
+def _one_line(error):
+    """The message of an error of another library."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+# %% ../nbs/api/03_tasks.ipynb #tas00254
+@register_task(r"(?s)hub:(.+)", name="hub:OWNER/NAME", title="A data set of the Hugging Face Hub")
+def _hub(text):
+    """A data set of the Hugging Face Hub."""
+    wanted = _parse_hub(text)
+    datasets = import_extra("datasets", "hf", f"hub:{text}", TaskError)
+    try:
+        if wanted.folder is None:
+            ds = datasets.load_dataset(**wanted.remote)
+        else:
+            ds = _read_folder(datasets, wanted.folder)
+    except Exception as error:      # of datasets, huggingface_hub, pyarrow, httpx
+        raise TaskError(f"hub:{text}: cannot be loaded ({_one_line(error)})") from error
+    return Task.from_dataset(ds, name=f"hub:{text}", **wanted.options)
+
+# %% ../nbs/api/03_tasks.ipynb #tas00255
+def _size_and_time(path):
+    """The size of a file and when it changed; None if it is not there."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def _own_path(name):
+    """The folder or file that the name of a task refers to, or None."""
+    kind, _, where = name.partition(":")
+    if f"{kind}:" not in OWN_DATA or not where:
+        return None
+    if kind == "hub":
+        return _parse_hub(where).folder
+    return full_path(where)
+
+# %% ../nbs/api/03_tasks.ipynb #tas00256
+def source_state(name):
+    """The state of the files that the name of a task refers to; a loaded task is valid while it is the same.
+
+    Parameters
+    ----------
+    name : str
+        Such as "folder:PATH".
+
+    Returns
+    -------
+    tuple
+        The path, the size and the time of change of each file; empty for names that refer to no path.
+
+    Raises
+    ------
+    TaskError
+        If a folder cannot be read.
+    """
+    path = _own_path(name)
+    if path is None:
+        return ()
+    paths = [file for _, file in files_below(path)] if path.is_dir() else [path]
+    return tuple((str(file), _size_and_time(file)) for file in paths)
+
 # %% ../nbs/api/03_tasks.ipynb #tas99902
-def _single_label(name, wanted):
-    """A single-label task by name; an error that names the `wanted` part of it otherwise."""
+def _single_label(name, wanted, refused):
+    """A single-label task by name; `wanted` is the whole name, `refused` the patterns it may not match."""
+    pattern, _, _ = _registered(name)
+    if pattern in refused:
+        raise TaskError(f"{wanted}: write {FORM}, each part once and in this order")
     task = load_task(name)
     if task.multilabel:
         problem = "only single-label tasks can be cut to some of their classes, or to some clips of each"
         raise TaskError(f"{wanted}: {problem}")
     return task
 
+
+def _drawn_classes(classes, n, draw):
+    """The positions of N classes of a draw, rising."""
+    order = sorted(classes, key=lambda name: _lot(f"{draw} {name}"))
+    return sorted(classes.index(name) for name in order[:n])
+
 # %% ../nbs/api/03_tasks.ipynb #tas99902b
-@register_task(r"(.+)/(\d+)", name="TASK/N")
-def _first_classes(name, n):
-    """The first N classes of a single-label task."""
-    wanted = f"{name}/{n}"
-    task = _single_label(name, wanted)
+@register_task(_SOME_CLASSES, name="TASK/N")
+def _some_classes(name, n, draw):
+    """N classes of a single-label task at random; TASK/N#DRAW is another draw."""
+    wanted = f"{name}/{n}" if draw is None else f"{name}/{n}#{draw}"
     n = int(n)
+    task = _single_label(name, wanted, refused=(_SOME_CLASSES, _SOME_CLIPS))
     if not 2 <= n <= task.n_classes:
         raise TaskError(f"{wanted}: choose from 2 to {task.n_classes} classes")
-    is_kept = task.labels.numpy() < n
-    kept = task.subset(np.flatnonzero(is_kept))
-    return replace(kept, classes=task.classes[:n])
+    drawn = np.array(_drawn_classes(task.classes, n, int(draw or 0)))
+    labels = task.labels.numpy()
+    kept = task.subset(np.flatnonzero(np.isin(labels, drawn)))
+    new_ids = np.searchsorted(drawn, kept.labels.numpy())
+    return replace(kept, labels=new_ids, classes=[task.classes[c] for c in drawn])
+
+# %% ../nbs/api/03_tasks.ipynb #tas99906a
+def _shuffled_by_class(task, side):
+    """The positions of the clips of each class on one side, in a fixed random order; a list of arrays."""
+    positions = np.random.default_rng(0).permutation(task.indices(side))
+    labels = task.labels.numpy()[positions]
+    return [positions[labels == c] for c in range(task.n_classes)]
 
 # %% ../nbs/api/03_tasks.ipynb #tas99906
-@register_task(r"(.+):(\d+)", name="TASK:N")
+@register_task(_SOME_CLIPS, name="TASK:N")
 def _few_labels(name, k):
-    """A single-label task with N training clips of each class."""
-    wanted = f"{name}:{k}"
-    task = _single_label(name, wanted)
+    """A single-label task with N training clips of each class, and validation in proportion."""
     k = int(k)
-    train = np.random.default_rng(0).permutation(task.indices("train"))
-    labels = task.labels.numpy()[train]
-    fewest = np.bincount(labels, minlength=task.n_classes).min()
+    wanted = f"{name}:{k}"
+    task = _single_label(name, wanted, refused=(_SOME_CLIPS,))
+    train = _shuffled_by_class(task, "train")
+    fewest = min(map(len, train))
     if not 1 <= k <= fewest:
         raise TaskError(f"{wanted}: choose from 1 to {fewest} clips of each class")
-    kept = [task.indices("valid"), task.indices("test")]
-    for c in range(task.n_classes):
-        kept.append(train[labels == c][:k])
+    kept = [task.indices("test")]
+    for of_train, of_valid in zip(train, _shuffled_by_class(task, "valid")):
+        in_proportion = round(k / len(of_train) * len(of_valid))
+        kept.append(of_train[:k])
+        kept.append(of_valid[:max(1, in_proportion)])
     return task.subset(np.sort(np.concatenate(kept)))

@@ -21,7 +21,8 @@ from act.backbones import load_backbone
 from act.encoders import SPEECH_STRIDE, SPEECH_WINDOW, speech_decibels
 from act.manifest import weight_file
 
-NAMES = ["log-mel", "speech-embedding", "aisfx", "ge2e", "musicnn-vgg", "musicnn", "wav2vec2-base"]
+NAMES = ["log-mel", "speech-embedding", "aisfx", "ge2e", "musicnn-vgg", "musicnn", "whisper-tiny.en",
+         "wav2vec2-base"]
 
 
 def seconds_per_call(call, device, repeats):

@@ -77,7 +77,7 @@ def waveforms(task, sample_rate):
 def ours(few, test, o):
     config = TuneConfig(passes=o.passes, batch=o.batch)
     began = clock(o)
-    classifier = AudioClassifier.train(few, o.backbone, config, progress=False)
+    classifier = AudioClassifier.train(few, backbone=o.backbone, config=config, progress=False)
     seconds = clock(o) - began
     scores = classifier.evaluate(test)
     return scores.loc["linear", "accuracy"], seconds

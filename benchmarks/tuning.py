@@ -27,7 +27,7 @@ def ours(task, backbone, batch, epochs):
     """Seconds of one of our epochs, a mean over some, and rows through the encoder."""
     config = TuneConfig(passes=2 * epochs, batch=batch, augment=None, views=2)
     started = time.perf_counter()
-    tuned = tune(load_backbone(backbone), task, config, progress=False)
+    tuned = tune(load_backbone(backbone), task, config, progress=False, inplace=True)
     return (time.perf_counter() - started) / epochs, int(tuned.log.rows.sum()) / epochs
 
 

@@ -1,4 +1,5 @@
 """Backbones: parity with references, independence of neighbours and padding, saving, tuning, errors."""
+import copy
 import errno
 import importlib.util
 import itertools
@@ -25,6 +26,7 @@ from sklearn.preprocessing import StandardScaler
 
 from act.backbones import (_BUILDERS, _TORCHAUDIO, Backbone, BackboneError, SpeechTransformer, list_backbones,
                            load_backbone, register_backbone, set_trainable)
+from act.embeddings import fingerprint
 from act.encoders import (aisfx_mel, musicnn_mel, read_aisfx_network, read_ge2e_network, read_music_vgg,
                           read_musicnn, read_speech_network, speech_decibels, speech_mel)
 from act.manifest import FetchError, manifest_entry, weight_file
@@ -243,6 +245,19 @@ def hub(tmp_path_factory):
         decoder_start_token_id=1,
     )
     large = dict(feat_extract_norm="layer", do_stable_layer_norm=True)
+    squeezed = dict(waves, conv_kernel=[10, 3, 3, 3, 3, 2, 2], conv_stride=[5, 2, 2, 2, 2, 2, 2])
+    positions = dict(num_conv_pos_embeddings=3, num_conv_pos_embedding_groups=2, conv_pos_kernel_size=5)
+    data2vec = t.Data2VecAudioConfig(**SIZES, conv_dim=[16] * 7, **positions)
+    adapter = dict(add_adapter=True, num_adapter_layers=1, output_hidden_size=24)
+    moonshine = t.MoonshineConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=32,
+        encoder_num_hidden_layers=2,
+        decoder_num_hidden_layers=1,
+        encoder_num_attention_heads=2,
+        decoder_num_attention_heads=2,
+    )
     normalized = t.Wav2Vec2FeatureExtractor(do_normalize=True)
     models = {
         "ast": t.ASTModel(t.ASTConfig(**SIZES)),
@@ -251,6 +266,15 @@ def hub(tmp_path_factory):
         "wav2vec2": t.Wav2Vec2Model(t.Wav2Vec2Config(**waves)),
         "hubert": t.HubertModel(t.HubertConfig(**waves, **large)),
         "wavlm": t.WavLMModel(t.WavLMConfig(**waves)),
+        "unispeech": t.UniSpeechModel(t.UniSpeechConfig(**waves)),
+        "unispeech-sat": t.UniSpeechSatModel(t.UniSpeechSatConfig(**waves, **large)),
+        "data2vec": t.Data2VecAudioModel(data2vec),
+        "conformer": t.Wav2Vec2ConformerModel(t.Wav2Vec2ConformerConfig(**waves)),
+        "sew": t.SEWModel(t.SEWConfig(**squeezed)),
+        "sew-d": t.SEWDModel(t.SEWDConfig(**squeezed, max_position_embeddings=64, position_buckets=16)),
+        "adapter": t.Wav2Vec2Model(t.Wav2Vec2Config(**waves, **adapter)),
+        "bert": t.Wav2Vec2BertModel(t.Wav2Vec2BertConfig(**SIZES, feature_projection_input_dim=160)),
+        "moonshine": t.MoonshineModel(moonshine),
     }
     extractors = {
         "ast": t.ASTFeatureExtractor(),
@@ -259,15 +283,18 @@ def hub(tmp_path_factory):
         "wav2vec2": normalized,
         "hubert": normalized,
         "wavlm": t.Wav2Vec2FeatureExtractor(do_normalize=False),
+        "bert": t.SeamlessM4TFeatureExtractor(),
     }
     folder = tmp_path_factory.mktemp("hub")
     for name, model in models.items():
         model.save_pretrained(folder / name)
-        extractors[name].save_pretrained(folder / name)
+        extractors.get(name, normalized).save_pretrained(folder / name)
     return folder
 
 
-FAMILIES = ("ast", "whisper", "clap", "wav2vec2", "hubert", "wavlm")
+PADDED = ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat", "data2vec", "conformer")
+BY_LENGTH = ("sew", "sew-d", "adapter", "bert", "moonshine")
+FAMILIES = ("ast", "whisper", "clap", *PADDED, *BY_LENGTH)
 
 
 # ---------------------------------------------------------------- neighbours and padding
@@ -313,6 +340,31 @@ def test_full_sizes_ignore_neighbours_and_padding(name):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hugging_face_ignores_neighbours_and_padding(hub, family):
     assert_alone_as_in_company(load_backbone(f"hf:{hub / family}"))
+
+
+@pytest.mark.parametrize("family", [*PADDED, *BY_LENGTH])
+def test_hugging_face_pads_where_padding_can_be_hidden(hub, family):
+    """Also while tuning; a call does not change the identity, and a copy does not share its masks."""
+    backbone = load_backbone(f"hf:{hub / family}")
+    assert backbone.equal_lengths == (family in BY_LENGTH)
+    before = fingerprint(backbone)
+    x, lengths = clips(16000, (1., .4))
+    z = backbone(x, lengths)
+    z.square().sum().backward()
+    reached = [key for key, p in backbone.named_parameters() if p.grad is not None and p.grad.abs().max() > 0]
+    assert len(reached) > .8 * len(list(backbone.parameters()))
+    assert fingerprint(backbone) == before
+    with torch.no_grad():
+        again = copy.deepcopy(backbone)
+        backbone(x[:1, :6400])                                # another batch of the original
+        assert apart(again(x, lengths), z) <= 1e-6
+
+
+def test_a_learned_mixture_of_any_model(hub):
+    for family in ("data2vec", "sew", "bert"):
+        backbone = load_backbone(f"hf:{hub / family}", layer="learned")
+        assert_alone_as_in_company(backbone, (.5, .23))
+        assert backbone.layers()[-1][-1] is backbone.mixture
 
 
 @pytest.mark.parametrize("name", ["log-mel", *(f"random:{name}" for name in WHEELS)])
@@ -451,7 +503,7 @@ def test_without_padding_it_is_torchaudio(kind):
         assert apart(backbone.encode(x, lengths)[0][0], reference[0]) <= 1e-5
 
 
-@pytest.mark.parametrize("family", ["wav2vec2", "hubert", "wavlm"])
+@pytest.mark.parametrize("family", [*PADDED, "sew", "sew-d", "adapter"])
 def test_without_padding_it_is_transformers(hub, family):
     t = pytest.importorskip("transformers")
     x, _ = clips(16000, (1.,))
@@ -797,7 +849,7 @@ def broken(folder, **changes):
     (lambda f: (f / "config.json").write_text("[]"), "was not written by act"),
     (lambda f: (f / "config.json").write_text('{"mine": true}'), "was not written by act"),
     (lambda f: broken(f, model_type="wav2vec2"), "transformers library: write hf:"),
-    (lambda f: broken(f, backbone="gone"), "was saved from gone, which is not registered here"),
+    (lambda f: broken(f, backbone="gone"), "was saved from gone, which is .*register_backbone..gone"),
     (lambda f: broken(f, backbone="random:aisfx"), "do not fit"),
 ])
 def test_folders_that_hold_something_else(spoil, message, tmp_path):
@@ -847,12 +899,50 @@ def test_a_missing_extra_is_named(monkeypatch):
         load_backbone("random:ge2e", trainable="lora")
 
 
-def test_an_unsupported_model_is_refused(tmp_path):
+def test_a_model_that_gives_no_hidden_states_of_audio_is_refused(tmp_path):
     t = pytest.importorskip("transformers")
-    t.BertConfig().save_pretrained(tmp_path)
-    t.WhisperFeatureExtractor().save_pretrained(tmp_path)
-    with pytest.raises(BackboneError, match="bert model; supported are"):
+    t.BertConfig(**SIZES, vocab_size=50).save_pretrained(tmp_path)
+    with pytest.raises(BackboneError, match="cannot be opened") as without_extractor:
         load_backbone(f"hf:{tmp_path}", pretrained=False)
+    t.Wav2Vec2FeatureExtractor().save_pretrained(tmp_path)
+    with pytest.raises(BackboneError, match="is a bert model, which does not take audio"):
+        load_backbone(f"hf:{tmp_path}", pretrained=False)
+    t.EncodecConfig(num_filters=4, hidden_size=16, codebook_size=16).save_pretrained(tmp_path)
+    t.EncodecFeatureExtractor(sampling_rate=24000).save_pretrained(tmp_path)
+    with pytest.raises(BackboneError, match="it returns a EncodecOutput") as codec:
+        load_backbone(f"hf:{tmp_path}", pretrained=False)
+    assert "\n" not in str(without_extractor.value) + str(codec.value)
+
+
+@pytest.fixture
+def hub_cache(hub, tmp_path, monkeypatch):
+    """The cache of huggingface_hub with two revisions of a model, and no network."""
+    repository = tmp_path / "models--someone--speech"
+    commits = {"main": "a" * 40, "v1": "b" * 40}
+    for reference, family in (("main", "wav2vec2"), ("v1", "hubert")):
+        shutil.copytree(hub / family, repository / "snapshots" / commits[reference])
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / reference).write_text(commits[reference])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return commits
+
+
+def test_a_revision_of_a_hugging_face_model(hub, hub_cache, tmp_path):
+    newest = load_backbone("hf:someone/speech")
+    tagged = load_backbone("hf:someone/speech@v1")
+    by_commit = load_backbone(f"hf:someone/speech@{hub_cache['v1']}")
+    assert fingerprint(newest) == fingerprint(load_backbone(f"hf:{hub / 'wav2vec2'}"))
+    assert fingerprint(tagged) == fingerprint(by_commit) == fingerprint(load_backbone(f"hf:{hub / 'hubert'}"))
+    assert (tagged.name, tagged.source) == ("hf:someone/speech@v1", "huggingface.co/someone/speech@v1")
+    saved = load_backbone(tagged.save_pretrained(tmp_path / "saved"))
+    assert saved.name == tagged.name and torch.equal(scores(saved), scores(tagged))
+    assert load_backbone("random:hf:someone/speech@v1").dim == 16
+    for wrong in ("hf:someone/speech@v2", "hf:someone/speech@", "hf:@v1"):
+        with pytest.raises(BackboneError, match=wrong) as error: load_backbone(wrong)
+        assert "\n" not in str(error.value)
+    shutil.copytree(hub / "wav2vec2", tmp_path / "me@home")
+    assert load_backbone(f"hf:{tmp_path / 'me@home'}").dim == 16      # a folder is not a revision
 
 
 class Malice:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile as sf
+from forked import run_code
 
 from act import cli, reproduce
 from act.core import ActError
@@ -189,10 +190,31 @@ def test_files_that_are_no_table(name, content, act, tmp_path):
 
 @pytest.mark.parametrize("options, said", [
     (["--lr", "nan"], "lr=nan"), (["--method", "magic"], "contrastive"), (["--backbone", "hf:/nowhere"], "hf:/nowhere"),
-    (["--backbone", "~/nowhere"], "nowhere"), (["--loss", "bce"], "bce")])
+    (["--backbone", "~/nowhere"], "nowhere"), (["--loss", "bce"], "bce"), (["--precision", "half"], "precision='half'"),
+    (["--trials", "fast"], "--trials fast"), (["--trials", "0"], "at least one"), (["--trials", "1e-3,-1"], "lr=-1"),
+    (["--max-seconds", "0"], "max_seconds=0"), (["--batch", "1"], "batch=1")])
 def test_options_of_tune(options, said, act, tmp_path):
     assert said in one_line(act("tune", "words-4", *TUNE, *options, "--out", tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_tuning_says_what_it_chose(act, audio, tmp_path):
+    options = ("--batch", "8", "--views", "2", "--per-class", "0", "--max-seconds", ".5", "--trials", "1e-5,1e-3")
+    status, out, err = act("tune", audio, *TUNE, *options, "--folds", "2", "--out", tmp_path / "model")
+    assert status == 0, err
+    line = next(line for line in out.splitlines() if line.startswith("Settings: "))
+    assert "batch 8, views 2" in line and "max_seconds 0.5" in line and "chosen by the mean validation score" in line
+    assert line.count("1e-05") >= 1 and out.count("2 folds, ") == 2 and " ± " in out
+    card = (tmp_path / "model" / "README.md").read_text()
+    for section in ("## Trials", "## Compared", "## Before tuning", "## Cross-validated test scores, linear", "## Confusion matrix"):
+        assert section in card
+    status, out, err = act("tune", audio, "--backbone", "log-mel", "--method", "frozen", "--out", tmp_path / "frozen")
+    assert status == 0 and "Settings: the encoder is frozen" in out, err
+
+
+@pytest.mark.parametrize("trials, rates", [("1", [1e-3]), ("3", [3.33e-4, 1e-3, 3e-3]), ("2", [3.33e-4, 1e-3]), ("3e-4,1e-3", [3e-4, 1e-3])])
+def test_learning_rates_of_the_trials(trials, rates):
+    assert cli._learning_rates(trials, 1e-3) == rates
 
 
 # ---------------------------------------------------------------- records
@@ -493,9 +515,9 @@ def test_a_cache_that_may_only_be_read_is_read(tmp_path_factory, audio):
         (root / "mirror" / "toy.txt").write_text("bark")
         (root / "data_manifest.yaml").write_text(TOY)
         own = dict(ACT_CACHE=root / "cache", ACT_MIRROR=root / "mirror", ACT_MANIFEST=root / "data_manifest.yaml", HOME=root)
-        env = {**os.environ, **{name: str(path) for name, path in own.items()}}
+        env = {name: str(path) for name, path in own.items()}
 
-        def read(how): return subprocess.run([sys.executable, "-c", READ, root / "data", how], capture_output=True, text=True, env=env)
+        def read(how): return run_code(READ, root / "data", how, env=env)
 
         written = read("write")
         (root / "data_manifest.lock.yaml").unlink()                   # as in another checkout

@@ -9,18 +9,19 @@ import pytest
 
 STUDY = '''
 import json, sys
-from act.paper import planned_rows
+from act.paper import compare_rows, planned_rows
 from act.analysis import long_table
 from act.report import wide_table
-from act.study import Store, compare
+from act.study import Store
 from act.tasks import list_tasks
 from act.backbones import list_backbones
 
 def main():
     rows = planned_rows("table_2", dict(tasks=["words-4"], backbones=["log-mel"], trials=[dict(passes=2)]))
     row = next(row for row in rows if row.task == "tones-4")
-    comparison = compare(*row, seeds=[0], store=Store(sys.argv[1]), jobs=int(sys.argv[2]), progress=False)
-    table = wide_table(long_table({(row.task, row.backbone): comparison}))
+    comparisons = compare_rows([row], seeds=1, store=Store(sys.argv[1]), jobs=int(sys.argv[2]), progress=False)
+    comparison = comparisons[row.task, row.backbone]
+    table = wide_table(long_table(comparisons))
     listed = "band-energy" in set(list_backbones().index) and "tones-N" in set(list_tasks().index)
     records = {name: [[r["status"], r.get("error")] for r in found] for name, found in comparison.items()}
     print(json.dumps(dict(rows=len(rows), records=records, cells=table.iloc[0].tolist(), listed=listed)))

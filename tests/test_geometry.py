@@ -7,7 +7,7 @@ from scipy.stats import special_ortho_group
 from sklearn.metrics import silhouette_score
 
 from act.geometry import GeometryError, alignment, effective_rank, geometry, intra_inter_ratio, isoscore
-from act.geometry import label_overlap, neural_collapse, project, purity, sampled, silhouette, uniformity
+from act.geometry import label_overlap, map_at_r, neural_collapse, project, purity, sampled, silhouette, uniformity
 
 
 def space(n=400, dim=16, classes=8, seed=0):
@@ -17,10 +17,10 @@ def space(n=400, dim=16, classes=8, seed=0):
     return means[labels] + torch.randn(n, dim, generator=g), labels
 
 
-BOTH_KINDS = [alignment, intra_inter_ratio, lambda z, y: purity(z, y, [5])[5]]
+BOTH_KINDS = [alignment, intra_inter_ratio, map_at_r, lambda z, y: purity(z, y, [5])[5]]
 
 
-@pytest.mark.parametrize("measure", BOTH_KINDS, ids=["alignment", "ratio", "purity"])
+@pytest.mark.parametrize("measure", BOTH_KINDS, ids=["alignment", "ratio", "map@r", "purity"])
 def test_one_hot_rows_equal_class_ids(measure):
     z, labels = space()
     assert measure(z, F.one_hot(labels)) == pytest.approx(measure(z, labels), rel=1e-4)
@@ -48,7 +48,7 @@ def test_tighter_classes_are_better_by_every_class_measure():
     tight = geometry(means + .3 * (z - means), labels)
     for lower in ("alignment", "intra_inter_ratio", "davies_bouldin", "nc1"):
         assert tight[lower] < loose[lower]
-    for higher in ("silhouette", "purity@20", "nc4"):
+    for higher in ("silhouette", "purity@20", "map@r", "nc4"):
         assert tight[higher] > loose[higher]
 
 
@@ -79,6 +79,39 @@ def test_purity_around_queries_is_the_mean_of_those_clips():
     z, labels = space()
     parts = [purity(z, labels, [10], queries=torch.arange(400)[i::4])[10] for i in range(4)]
     assert np.mean(parts) == pytest.approx(purity(z, labels, [10])[10], abs=1e-6)
+
+
+def plain_map_at_r(z, labels):
+    """As pytorch-metric-learning's `mean_average_precision_at_r` defines it, clip by clip."""
+    unit = F.normalize(z, dim=1).numpy()
+    scores = []
+    for i in range(len(z)):
+        others = np.delete(np.arange(len(z)), i)
+        order = others[np.argsort(-(unit[others] @ unit[i]), kind="stable")]
+        relevant = (labels[order] == labels[i]).numpy()
+        R = relevant.sum()
+        if R:
+            precision = np.cumsum(relevant[:R]) / np.arange(1, R + 1)
+            scores.append((precision * relevant[:R]).sum() / R)
+    return np.mean(scores)
+
+
+def test_map_at_r_is_that_of_a_plain_loop(monkeypatch):
+    z, labels = space(200)
+    labels[0], labels[1:3] = 99, 98                      # a clip that is alone, and a class of two
+    expected = plain_map_at_r(z, labels)
+    assert map_at_r(z, labels) == pytest.approx(expected, abs=1e-6)
+    monkeypatch.setattr("act.geometry._BLOCK_ROWS", 7)
+    assert map_at_r(z, labels) == pytest.approx(expected, abs=1e-6)
+
+
+def test_map_at_r_of_label_sets_is_one_for_the_best_order_only():
+    sets = torch.tensor([[1, 1, 0], [1, 1, 0], [1, 0, 0], [0, 0, 1]])
+    angles = torch.tensor([0., .1, .3, 2.])
+    z = torch.stack([angles.cos(), angles.sin()], 1)
+    assert map_at_r(z, sets) == pytest.approx(1)
+    assert map_at_r(z[[0, 2, 1, 3]], sets) < 1
+    assert map_at_r(z[:3], torch.eye(3)[[0, 0, 1]].long()) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("measure", [uniformity, alignment, intra_inter_ratio], ids=lambda m: m.__name__)
@@ -121,6 +154,8 @@ FAULTS = {
     "one class": (lambda: silhouette(POINTS, torch.zeros(9, dtype=torch.long)), "two classes"),
     "collapsed": (lambda: effective_rank(torch.ones(4, 3)), "all alike"),
     "one clip": (lambda: uniformity(torch.ones(1, 3)), "two embeddings"),
+    "no class": (lambda: map_at_r(POINTS, torch.arange(9)), "share a label"),
+    "one only": (lambda: map_at_r(POINTS[:1], torch.zeros(1).long()), "share a label"),
     "few clips": (lambda: purity(torch.ones(1, 3), torch.zeros(1)), "more embeddings than neighbours"),
     "sampling": (lambda: sampled(uniformity, POINTS, clips=10), "at most 9 clips"),
     "projection": (lambda: project(POINTS, "som"), "unknown projection 'som'"),

@@ -26,7 +26,14 @@ from act.manifest import MANIFESTS, FetchError, ManifestError, Unavailable
 from act.manifest import checksum, fetch, fetch_many, integrity, list_entries, load_manifest, manifest_entry
 from act.manifest import names_of, register_manifest, verify, weight_file
 
-COUNTS = {"fsdd": 3000, "esc10": 400, "asc40-mini": 3603, "mdb-drums": 82}   # files of each entry
+COUNTS = {   # files of each entry
+    "fsdd": 3000,
+    "esc10": 400,
+    "asc40-mini": 3603,
+    "mdb-drums": 82,
+    "speechocean762-mini": 3501,
+    "speech-to-intent": 620,
+}
 
 
 # The manifest itself

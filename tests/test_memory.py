@@ -156,16 +156,16 @@ def test_no_batch_exceeds_the_bound(tmp_path):
         embedded(spy, task, tmp_path, f"bound {bound}", max_samples=bound)
         assert spy.costs()[0] <= max(bound, rounded_length(longest))
         whole = TuneConfig(passes=2, batch=16, max_samples=bound, patience=1)
-        tune(spy, task, whole, progress=False)
+        tune(spy, task, whole, progress=False, inplace=True)
         assert spy.costs()[0] <= max(bound, rounded_length(longest))
         cropped = TuneConfig(passes=2, batch=16, max_samples=bound, max_seconds=.1, method="lp-ft")
-        tune(spy, task, cropped, progress=False)
+        tune(spy, task, cropped, progress=False, inplace=True)
         assert spy.costs()[0] <= max(bound, rounded_length(800))
 
 
 def test_a_micro_batch_has_no_more_rows_than_asked():
     spy = Spy()
-    tune(spy, task_of(MIXED), TuneConfig(passes=2, batch=12, micro_batch=5), progress=False)
+    tune(spy, task_of(MIXED), TuneConfig(passes=2, batch=12, micro_batch=5), progress=False, inplace=True)
     assert spy.costs()[1] == 4      # twelve rows in three parts, of which none exceeds five
 
 
@@ -264,7 +264,7 @@ def test_long_clips_are_cropped_anew_in_every_view(monkeypatch):
 
     monkeypatch.setattr(WaveCache, "batch", batch)
     spy, task = Spy(), task_of([.1, 1., 1.5, .1], splits=("train",))
-    tune(spy, task, TuneConfig(passes=10, batch=8, max_seconds=.1, augment=None), progress=False)
+    tune(spy, task, TuneConfig(passes=10, batch=8, max_seconds=.1, augment=None), progress=False, inplace=True)
     assert starts[0] == starts[3] == {0} and len(starts[1]) >= 8 and len(starts[2]) >= 8      # ten views each
     assert spy.costs() == (8 * 800, 8)
 
@@ -312,7 +312,7 @@ options = {options!r}
 backbone, task = load_backbone("random:musicnn-vgg"), task_of({seconds!r})
 with torch.no_grad(): backbone(torch.zeros(1, 16000))
 before = peak()
-tune(backbone, task, TuneConfig(**options), progress=False)
+tune(backbone, task, TuneConfig(**options), progress=False, inplace=True)
 z = embed(backbone, task, progress=False, **{{k: v for k, v in options.items() if k == "max_samples"}})
 rows = [task.indices(s) for s in ("train", "valid", "test")]
 if len(task) > 30: dual_probe(*[(z[r], task.labels[r].numpy()) for r in rows], n_resamples=0)

@@ -1,16 +1,31 @@
 """Every page of nbs/api runs from top to bottom, as nbdev_test would run it."""
-import os
-import subprocess
-import sys
+from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
+from forked import run_page
 
-NOTEBOOKS = sorted(Path(__file__).parents[1].glob("nbs/api/*.ipynb"))
+REPO = Path(__file__).parents[1]
+NOTEBOOKS = sorted(REPO.glob("nbs/api/*.ipynb"))
+
+
+@pytest.fixture(scope="module")
+def skipped_flags():
+    """Cells with these flags are not tests, by settings.ini."""
+    settings = ConfigParser(delimiters=["="])
+    settings.read(REPO / "settings.ini", encoding="utf-8")
+    return settings["DEFAULT"].get("tst_flags", "").split()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_page_runs(path, repo):
-    command = [Path(sys.executable).with_name("nbdev_test"), "--path", path, "--n_workers", "0"]
-    done = subprocess.run(command, cwd=repo, capture_output=True, text=True, env={**os.environ, "MPLBACKEND": "agg"})
-    assert done.returncode == 0 and "Success" in done.stdout + done.stderr, done.stdout + done.stderr
+def test_page_runs(path, skipped_flags):
+    done = run_page(path, skipped_flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_page_that_is_wrong_does_not_pass(tmp_path):
+    import nbformat
+    cells = [nbformat.v4.new_code_cell("import torch\nassert torch.ones(1) == 2, 'not two'")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "wrong.ipynb")
+    done = run_page(tmp_path / "wrong.ipynb")
+    assert done.returncode == 1 and "not two" in done.stderr

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from forked import run_act
 
 from act import cli
 
@@ -19,12 +20,14 @@ EVERY = dict(profile="every", seeds=2, jobs=2, table_1=dict(tasks=["words-4", "w
              table_3=dict(tasks=["words-mix-8"], backbones=["log-mel"], methods=["frozen"], trials=[]),
              figure_2=dict(families=dict(words=["words-4", "words-8"]), backbone="speech-embedding", methods=["vanilla", "contrastive"], trials=dict(words=TINY["table_2"]["trials"])),
              figure_3=dict(task="words-4", backbone="speech-embedding", trials=dict(others=TINY["table_2"]["trials"]), shown=4),
-             table_4=dict(task="words-4", backbone="speech-embedding", base=dict(lr=1e-3, passes=1), changes=[dict(views=1)], labels={5: 4}))
+             figure_4=dict(tasks={"words-4": "speech-embedding"}, methods=["vanilla", "contrastive"], passes=[1, 2], trials=[dict(lr=1e-3)]),
+             table_4=dict(task="words-4", backbone="speech-embedding", base=dict(lr=1e-3, passes=1), changes=[dict(views=1)], labels={5: 4},
+                          many_classes=dict(task="words-8", backbone="speech-embedding", base=dict(lr=1e-3, passes=1), changes=[dict(batch=64, micro_batch=32)])))
 
 
 def act(*words, **env):
     """Run the command line; returns the finished process."""
-    return subprocess.run([ACT, *map(str, words)], capture_output=True, text=True, env={**os.environ, **env})
+    return run_act(*words, env=env)
 
 
 @pytest.fixture
@@ -135,8 +138,20 @@ def test_profiles_that_ship_can_be_planned(name):
     from act.paper import planned_runs
     profile = read_profile(name)
     plan = planned_runs(profile)
-    assert all(plan[s] for s in ("table_2", "table_3", "table_4", "figure_2")) and all(r.config is None or r.config.passes for runs in plan.values() for r in runs)
+    assert all(plan[s] for s in ("table_2", "table_3", "table_4", "figure_2", "figure_4")) and all(r.config is None or r.config.passes for runs in plan.values() for r in runs)
     assert len(needed_entries(profile)) == len(set(needed_entries(profile))) and "speech-embedding" in needed_entries(profile) or name == "full"
+
+
+@pytest.mark.parametrize("name", ["quick", "small", "full"])
+def test_every_method_of_a_row_has_equally_many_trials(name):
+    from act.paper import ARTEFACTS, planned_rows
+    from act.reproduce import read_profile
+    from act.study import FROZEN, trial_runs
+    profile = read_profile(name)
+    rows = [row for section in ARTEFACTS if section in profile for row in planned_rows(section, profile[section])]
+    for row in rows:
+        counts = {len(set(runs)) for runs in trial_runs(*row[:4]).values() if runs[0].method != FROZEN}
+        assert len(counts) <= 1, row
 
 
 def test_entries_are_those_of_the_tasks_asked_for():
@@ -158,11 +173,11 @@ def test_every_notebook_makes_its_artefacts(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     out = tmp_path / "every"
     made = {p.name for p in out.iterdir()}
-    tables = "table_1_tasks table_2_single_label table_2_single_label_chosen table_3_multi_label figure_2_class_count figure_3_geometry table_4_ablations table_4_ablations_labels claims claims_rows"
-    figures = "figure_1_framework figure_2_class_count figure_3_maps figure_3_purity"
+    tables = "table_1_tasks table_2_single_label table_2_single_label_chosen table_3_multi_label figure_2_class_count figure_3_geometry figure_4_budget figure_4_budget_chosen table_4_ablations table_4_ablations_labels claims claims_rows"
+    figures = "figure_1_framework figure_2_class_count figure_3_maps figure_3_purity figure_4_budget"
     assert {f"{t}.{k}" for t in tables.split() for k in ("csv", "md", "tex")} | {f"{f}.{k}" for f in figures.split() for k in ("svg", "pdf")} <= made
     report = (out / "index.html").read_text()
-    assert report.count("data:image/svg+xml") == 4 and all(alt for alt in re.findall(r'<img alt="([^"]*)"', report)) and "The dual probe shows why" in report
+    assert report.count("data:image/svg+xml") == 5 and all(alt for alt in re.findall(r'<img alt="([^"]*)"', report)) and "The dual probe shows why" in report
     assert "<audio" in (out / "notebooks" / "table_1_tasks.html").read_text()
     claimed = (out / "claims.csv").read_text()
     (out / "claims.csv").write_text(claimed.replace("undecided", "supported"))

@@ -1,5 +1,6 @@
 """Studies that are killed, run twice at once, meet a full disk or memory, or have runs that fail."""
 import json
+import math
 import os
 import random
 import re
@@ -11,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from act import study
 from act.core import cache_dir
 from act.manifest import weight_file
-from act.study import Run, Store, execute, execute_all
+from act.study import Run, Store, StudyError, execute, execute_all
+from act.tasks import load_task
 
 WEIGHTS = "speech-embedding"
 
@@ -305,13 +308,126 @@ def test_results_leave_a_checkout_clean_and_code_does_not(repo, tmp_path):
     clone = tmp_path / "act"
     subprocess.run(["git", "clone", "-q", repo, clone], check=True)
     env = {**os.environ, "PYTHONPATH": str(clone)}
-    command = [sys.executable, "-c", "from act.study import provenance; print(provenance()['clean'])"]
+    code = """
+from pathlib import Path
+from act.study import provenance
+for changed in ("results/small/claims.md", "setup.py"):
+    Path(changed).write_text("other")
+    print(provenance.__wrapped__()["clean"])          # without what it remembers
+"""
+    process = subprocess.run([sys.executable, "-c", code], cwd=clone, env=env, capture_output=True, text=True, check=True)
+    assert process.stdout.split() == ["True", "False"]
 
-    def clean():
-        process = subprocess.run(command, cwd=clone, env=env, capture_output=True, text=True, check=True)
-        return process.stdout.strip()
 
-    (clone / "results/small/claims.md").write_text("other results")
-    assert clean() == "True"
-    (clone / "setup.py").write_text("other code")
-    assert clean() == "False"
+# ---------------------------------------------------------------- what a record keeps, and how is chosen
+
+SMALL = dict(passes=1, batch=64)
+
+
+@pytest.fixture(scope="module")
+def vanilla(tmp_path_factory):
+    """The store and the record of a short vanilla fine-tuning."""
+    store = Store(tmp_path_factory.mktemp("vanilla"))
+    return store, execute(Run("words-4", "speech-embedding", "vanilla", 0, dict(SMALL, lr=1e-3)), store)
+
+
+def test_a_classifier_leaves_its_own_scores(vanilla):
+    """They are those of its head on the embedding of the record."""
+    _, record = vanilla
+    correct = [a == b for a, b in zip(record["truth"], record["predictions"]["head"])]
+    assert record["head"]["test"]["accuracy"] == pytest.approx(sum(correct) / len(correct))
+    assert 0 <= record["head"]["valid"]["accuracy"] <= 1
+    assert record["resolved"] == dict(lr=1e-3, head_lr=1e-3, batch=64)
+
+
+def test_groups_and_geometry_of_both_splits_are_kept(vanilla):
+    _, record = vanilla
+    task = load_task("words-4")
+    voices = task.groups[task.indices("test")]
+    assert len(set(zip(record["groups"], voices))) == len(set(voices)) == len(set(record["groups"]))
+    assert record["geometry"]["measures"].keys() == record["geometry_train"]["measures"].keys()
+    assert record["geometry"] != record["geometry_train"]
+    assert 0 < record["geometry_train"]["measures"]["map@r"] <= 1
+
+
+def test_a_contrastive_run_has_no_classifier(vanilla):
+    store, _ = vanilla
+    record = execute(Run("words-4", "speech-embedding", "contrastive", 0, dict(SMALL, lr=1e-3)), store)
+    assert record["head"] is None and "head" not in record["predictions"]
+    assert {"positives", "without_positives"} <= record.keys()
+
+
+def test_the_test_frame_shows_the_classifier(vanilla):
+    store, record = vanilla
+    frame = store.frame().set_index("method")
+    assert frame.loc["vanilla", "test_head"] == record["head"]["test"]["accuracy"]
+
+
+def peaked(peaks, done):
+    """An `execute_all` that tunes nothing: the score falls with the distance of lr from its method's peak."""
+    def execute_all(runs, store, jobs=None, progress=True):
+        records = []
+        for run in runs:
+            done.append(run)
+            lr = run.config.lr if run.config else 1.
+            score = 1 - abs(math.log10(lr / peaks.get(run.method, 1.))) / 10
+            probe = dict(accuracy=score)
+            records.append(dict(status="done", metric="accuracy", run=run, scores=dict(valid=dict(linear=probe, knn=probe))))
+        return records
+    return execute_all
+
+
+METHODS = dict(frozen=("frozen", {}), vanilla=("vanilla", {}), contrastive=("contrastive", {}))
+RATES = [dict(lr=1e-3), dict(lr=1e-2)]
+CHOICES = [      # peaks of the two methods; rates among which both choose; edges; trials of each
+    (dict(vanilla=1e-2, contrastive=1e-2), [.001, .01, .1], [None, None], 3),
+    (dict(vanilla=1e-3, contrastive=1e-2), [.0001, .001, .01, .1], [None, None], 4),
+    (dict(vanilla=10., contrastive=1e-2), [.001, .01, .1, 1.], ["upper", None], 4),
+    (dict(vanilla=1e-9, contrastive=1e-9), [.00001, .0001, .001, .01], ["lower", "lower"], 4),
+]
+
+
+@pytest.mark.parametrize("peaks, rates, edges, trials", CHOICES)
+def test_a_grid_grows_for_all_methods_alike(peaks, rates, edges, trials, monkeypatch):
+    done = []
+    monkeypatch.setattr(study, "execute_all", peaked(peaks, done))
+    comparison = study.compare("words-4", "speech-embedding", METHODS, RATES, [0, 1], None)
+    grids = [comparison[name][0]["grid"] for name in ("vanilla", "contrastive")]
+    assert grids == [dict(trials=trials, rates=rates, edge=edge) for edge in edges]
+    assert [len(comparison[name]) for name in METHODS] == [1, 2, 2] and "grid" not in comparison["frozen"][0]
+    assert len(done) == len(set(done)) == 1 + 2 * (trials + 1)
+
+
+def test_a_grid_without_rates_and_a_failed_extension_are_left_alone(monkeypatch):
+    done = []
+    monkeypatch.setattr(study, "execute_all", peaked({}, done))
+    study.compare("words-4", "speech-embedding", METHODS, [dict(views=1), dict(views=2)], [0], None)
+    assert len(done) == 1 + 2 + 2
+
+    def failing(runs, *settings):
+        records = peaked(dict(vanilla=1., contrastive=1.), [])(runs, *settings)
+        failed = dict(status="failed", metric=None)
+        return [failed | dict(run=run) if run.config and run.config.lr > .01 else record
+                for run, record in zip(runs, records)]
+
+    monkeypatch.setattr(study, "execute_all", failing)
+    comparison = study.compare("words-4", "speech-embedding", METHODS, RATES, [0], None)
+    assert comparison["vanilla"][0]["grid"] == dict(trials=3, rates=[.001, .01, .1], edge=None)
+
+
+def test_the_choice_of_the_first_fold_is_repeated_over_folds_and_seeds(monkeypatch):
+    done = []
+    monkeypatch.setattr(study, "execute_all", peaked(dict(vanilla=3e-3, contrastive=3e-3), done))
+    folds = ["fsdd@george", "fsdd@theo", "fsdd@lucas"]
+    rates = [dict(lr=lr) for lr in (1e-3, 3e-3, 9e-3)]
+    comparison = study.compare("fsdd", "speech-embedding", METHODS, rates, [0, 1], None, folds=folds)
+    made = [(r["run"].task, r["run"].seed, r["run"].config.lr) for r in comparison["vanilla"]]
+    assert made == [(fold, seed, 3e-3) for seed in (0, 1) for fold in folds]
+    assert [r["run"].task for r in comparison["frozen"]] == folds
+    assert {run.task for run in done if run.config and run.config.lr != 3e-3} == {"fsdd@george"}
+
+
+def test_trials_by_method_are_equally_many():
+    trials = dict(all=[dict(lr=1e-3)], contrastive=[dict(lr=1e-3, views=1), dict(lr=1e-3)])
+    with pytest.raises(StudyError, match="equally many trials, these are not: all 1, contrastive 2"):
+        study.compare("words-4", "speech-embedding", METHODS, trials, [0], None)

@@ -37,10 +37,12 @@ REAL = {  # name: (clips per side, classes, groups per side)
     "fsdd@theo": ((2000, 500, 500), 10, (4, 1, 1)),
     "fsdd-speaker-digit": ((2400, 300, 300), 60, None),
     "asc40-mini": ((2160, 720, 720), 40, (18, 6, 6)),
-    "esc10": ((240, 80, 80), 10, None),
-    "esc10@2": ((240, 80, 80), 10, None),
+    "esc10": ((240, 80, 80), 10, (188, 59, 57)),
+    "esc10@2": ((240, 80, 80), 10, (181, 61, 62)),
     "esc10-mix": ((1200, 300, 300), 10, None),
     "mdb-drums": ((594, 119, 782), 6, (5, 2, 6)),
+    "speechocean762-mini": ((2000, 500, 1000), 250, None),
+    "speech-to-intent": ((309, 124, 186), 38, None),
 }
 
 
@@ -287,6 +289,17 @@ def voxceleb():
     )
 
 
+def speechocean():
+    wav, halves = audio(), dict(train=range(125), test=range(125, 250))
+    files = {"WAVE/.DS_Store": b"x", "README.md": b""}
+    for half, speakers in halves.items():
+        ids = [(f"{s:04}{i:05}", f"{s:04}") for s in speakers for i in range(20)]
+        files |= {f"WAVE/SPEAKER{speaker}/{utterance}.WAV": wav for utterance, speaker in ids}
+        files[f"{half}/utt2spk"] = "".join(f"{utterance}\t{speaker}\n" for utterance, speaker in ids).encode()
+    archive = {f"speechocean762/{name}": data for name, data in files.items()}
+    return {"speechocean762.tar.gz": archive}, (3000, 750, 1250), 250
+
+
 def gtzan():
     genres = "blues classical country disco hiphop jazz metal pop reggae rock".split()
     wav = audio(sample_rate=22050)
@@ -453,6 +466,7 @@ MINI = {
     "mswc-en": mswc,
     "wmms": wmms,
     "voxceleb1-id": voxceleb,
+    "speechocean762": speechocean,
     "gtzan": gtzan,
     "nsynth-instrument": nsynth,
     "fsd50k": fsd50k,
@@ -507,6 +521,8 @@ def test_miniature_in_upstreams_layout(miniature, name):
 def test_labels_of_the_multi_label_miniatures(miniature):
     task, *_ = miniature("openmic18")
     assert task.labels.sum(1).tolist() == [2.0] * 120  # relevance .9 and .5 count, .2 and silence do not
+    assert task.known.sum(1).tolist() == [3] * 120 and not task.labels[~task.known].any()  # three of 20 are judged
+    assert task.targets.isnan().sum() == 17 * 120 and task.subset([5, 6]).known.sum() == 6
     i = [c.name for c in task.clips].index("audio/000/000007_3360.ogg")
     assert [task.classes[c] for c in task.labels[i].nonzero().flatten()] == ["flute", "guitar"]
 
@@ -547,6 +563,7 @@ def test_digest_depends_on_everything_and_nothing_else():
         a_task(groups=["g"] * 12),
         a_task(clips=[Clip(f"{i}.flac") for i in range(12)]),
         a_task(labels=torch.eye(12)[:, :3]),
+        a_task(labels=torch.eye(12)[:, :3], known=torch.eye(12)[:, :3]),
     ]
     assert len({t.digest for t in changed} | {base.digest}) == len(changed) + 1
     assert (
@@ -641,6 +658,9 @@ def test_labels_that_are_none_are_refused_in_one_line(labels, message):
         (dict(split=["train"] * 11 + ["dev"]), "dev"),
         (dict(clips=[], labels=[], split=[]), "it has no clips"),
         (dict(groups=["g"]), "12 clips but 1 groups"),
+        (dict(known=np.ones(12)), "known must mark every label of multi-hot rows"),
+        (dict(labels=np.eye(12)[:, :3], known=np.ones((12, 2))), "known must mark every label"),
+        (dict(labels=np.eye(12)[:, :3], known=np.zeros((12, 3))), "3 labels are present but marked as unknown"),
     ],
 )
 def test_other_parts_that_do_not_fit(change, message):

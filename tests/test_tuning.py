@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -11,14 +12,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from act.backbones import load_backbone
+from act.backbones import Backbone, HuggingFace, SpeechTransformer, load_backbone, register_backbone
 from act import core
-from act.core import ActError, code_of, pack_parts, unpack_parts
-from act.losses import CLASSIFICATION_LOSSES, contrastive_loss, pair_weights, register_loss, soft_target_loss
+from act.core import ActError, ActWarning, code_of, pack_parts, unpack_parts
+from act.losses import CLASSIFICATION_LOSSES, contrastive_loss, count_positives, pair_weights, register_loss, soft_target_loss
 from act.tasks import load_task
 from act.tuning import (METHODS, PRECISIONS, Augment, Method, TuneConfig, TuningError, _solved_constant, _with_additional_counts,
-                        augmented, batches, best_constant, classifier_head, criterion_of, option_pairs, register_method, tune,
-                        tuning_functions)
+                        augmented, batches, best_constant, classifier_head, criterion_of, option_pairs, planned_batches,
+                        register_method, tune, tuning_functions)
 
 CONFIG = TuneConfig(passes=2, batch=64, augment=None, lr=1e-3)
 SCRIPT = """
@@ -100,6 +101,25 @@ def test_closed_forms_agree_with_the_solver(loss, clips, classes):
     assert cost(constant) <= cost(solved) + 1e-9
 
 
+@pytest.mark.parametrize("method, loss", [("vanilla", "bce"), ("vanilla", "focal"), ("lp-ft", "bce")])
+def test_labels_that_nobody_judged_are_left_out(method, loss):
+    """By the base rates at which a classifier starts, and by every step; without them it would take them as absent."""
+    task = load_task("words-mix-8").subset(range(40))
+    present = task.labels.bool()
+    generator = torch.Generator().manual_seed(0)
+    partly_known = replace(task, known=present | (torch.rand(present.shape, generator=generator) < .3))
+    config = TuneConfig(method=method, loss=loss, passes=2, batch=16, lr=1e-3)
+    runs = [tune(load_backbone("log-mel"), each, config, progress=False) for each in (task, partly_known)]
+    known = partly_known.targets[task.indices("train")]
+    constant, chance = best_constant(CLASSIFICATION_LOSSES[loss], known, 8)
+    assert runs[1].chance == pytest.approx(chance) and np.isfinite(runs[1].log.loss).all()
+    assert runs[1].chance > 1.2 * runs[0].chance                # half of what is known is present
+    if method == "vanilla": assert runs[1].log.loss[0] == pytest.approx(chance, rel=.15)
+    if loss == "bce":
+        rates = (known.nansum(0) + 1) / ((~known.isnan()).sum(0) + 2)
+        assert constant.sigmoid().numpy() == pytest.approx(rates.numpy(), rel=1e-4)
+
+
 def test_gradient_caching_tunes_like_the_whole_batch():
     task = load_task("words-8")
     whole, parts = (tune(load_backbone("speech-embedding"), task, replace(CONFIG, micro_batch=m), progress=False) for m in (None, 16))
@@ -155,8 +175,219 @@ torch.save(tuned.backbone.state_dict(), sys.argv[3])
 @pytest.mark.parametrize("per_class", [None, 3])
 def test_no_batch_is_larger_than_asked(clips, size, number, per_class):
     epoch = batches(torch.arange(clips) % 5, size, seed=0, epoch=1, per_class=per_class)
-    assert len(epoch) == number and all(1 <= len(b) <= size for b in epoch)
+    whole_packs = per_class is not None and size == 3           # packs of two do not fill batches of three
+    assert number <= len(epoch) <= (500 if whole_packs else number)
+    assert all(1 <= len(b) <= size for b in epoch)
     assert sorted(i for b in epoch for i in b) == list(range(clips))
+
+
+FEW_AND_MANY = np.repeat(np.arange(60), np.random.default_rng(0).integers(1, 40, 60))      # 1 to 39 clips of a class
+
+
+@pytest.mark.parametrize("per_class", [2, 3, 4, 8])
+@pytest.mark.parametrize("size", [16, 64, 200])
+def test_every_anchor_has_its_pack(size, per_class):
+    """The other clips of its class that it was promised, or all there are."""
+    clips_of = np.bincount(FEW_AND_MANY)
+    for epoch in range(3):
+        order = batches(torch.from_numpy(FEW_AND_MANY), size, 0, epoch, per_class)
+        assert sorted(np.concatenate(order)) == list(range(len(FEW_AND_MANY)))
+        sizes = [len(rows) for rows in order]
+        assert max(sizes) <= size and max(sizes) - min(sizes) <= 2 * per_class
+        for rows in order:
+            others = count_positives(torch.from_numpy(FEW_AND_MANY[rows])).numpy()
+            promised = np.minimum(clips_of[FEW_AND_MANY[rows]], per_class) - 1
+            assert (others >= promised).all()
+
+
+def test_batches_follow_from_seed_and_epoch():
+    sets = (torch.rand(200, 9, generator=torch.Generator().manual_seed(0)) < .2).long()
+    for labels in (sets, torch.from_numpy(FEW_AND_MANY)):
+        drawn = [np.concatenate(batches(labels, 16, *key, 4)).tolist() for key in ((0, 0), (0, 0), (0, 1), (1, 0))]
+        assert drawn[0] == drawn[1] and drawn[0] != drawn[2] and drawn[0] != drawn[3]
+
+
+@pytest.mark.parametrize("number, size, per_class, left", [(7, 6, 4, [4, 3]), (13, 4, 4, [4, 3, 3, 3]), (9, 4, 100, [3, 3, 3])])
+def test_a_pack_that_no_batch_holds_is_cut_evenly(number, size, per_class, left):
+    assert sorted(map(len, batches(torch.zeros(number), size, 0, 0, per_class)), reverse=True) == left
+
+
+def label_equal_batches(sets, size, number, rng):
+    """A label at random, then a clip with it: batches with which the share of anchors with a positive is compared."""
+    labels = [np.flatnonzero(column) for column in sets.T if column.any()]
+    return [np.array([rng.choice(labels[i]) for i in rng.integers(len(labels), size=size)]) for _ in range(number)]
+
+
+def long_tailed_sets():
+    """1000 clips; the k-th of 150 labels is on in a share of 0.7 / k of them."""
+    rates = .7 / np.arange(1, 151)
+    return (np.random.default_rng(0).random((1000, 150)) < rates).astype(int)
+
+
+@pytest.mark.parametrize("size", [8, 32])
+@pytest.mark.parametrize("task", ["words-mix-32", "long tail"])
+def test_label_sets_have_more_positives_than_an_equal_draw_of_labels(task, size):
+    if task == "long tail": sets = long_tailed_sets()
+    else: sets = load_task(task).labels.numpy().astype(int)[:1500]
+    sets = sets[sets.any(1)]
+
+    def share(order):
+        found = 0
+        for rows in order:
+            jaccard_positive = (sets[rows] @ sets[rows].T > 0) & (rows[:, None] != rows)     # other clips
+            found += jaccard_positive.any(1).sum()
+        return found / sum(map(len, order))
+
+    ours = share([rows for epoch in range(3) for rows in batches(torch.from_numpy(sets), size, 0, epoch, 4)])
+    assert ours >= share(label_equal_batches(sets, size, 100, np.random.default_rng(1))) and ours > .97
+    assert ours > share(batches(torch.from_numpy(sets), size, 0, 0))
+
+
+def test_rare_labels_are_drawn_as_often_as_they_can_be():
+    """Of the clips with a rare label beside a common one, most stand for the rare one; an empty set is a class of its own."""
+    sets = torch.zeros(400, 3, dtype=torch.long)
+    sets[:390, 0] = 1
+    sets[:40, 1] = 1
+    order = batches(sets, 4, 0, 0, 4)
+    rare = [rows for rows in order if (sets[rows, 1] == 1).sum() >= 3]
+    assert len(rare) >= 8
+    empty = [rows for rows in order if (sets[rows].sum(1) == 0).any()]
+    assert sum((sets[rows].sum(1) > 0).sum() for rows in empty) == 0
+
+
+@pytest.mark.parametrize("method, views, passes", [("contrastive", 2, 3), ("contrastive", 4, 1), ("contrastive", 3, 4), ("vanilla", 2, 3)])
+@pytest.mark.parametrize("per_class", ["auto", 3, None])
+def test_passes_are_kept_to_the_clip(method, views, passes, per_class):
+    config = TuneConfig(method=method, views=views, passes=passes, batch=24, per_class=per_class).for_backbone(Backbone())
+    steps = planned_batches(torch.arange(96) % 7, config)
+    clips = [len(rows) for _, rows in steps]
+    assert sum(clips) * config.views_per_clip == 96 * passes
+    assert max(clips) * config.views_per_clip <= 24 and steps[-1][0] == config.epochs - 1
+
+
+# ---------------------------------------------------------------- positives
+
+@pytest.mark.parametrize("task, settings", [
+    ("words-4", dict(per_class=None)), ("words-4", dict(views=3)),
+    ("words-mix-8", dict(per_class=None)), ("words-mix-8", dict(loss="jaccard-threshold", loss_options=dict(threshold=.6)))])
+def test_the_log_counts_other_clips(task, settings):
+    """Not the other views of a clip, and label sets by the threshold of the loss."""
+    task = load_task(task).subset(range(40))
+    config = TuneConfig(passes=3, batch=12, **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ActWarning)
+        tuned = tune(load_backbone("log-mel"), task, config, progress=False)
+    labels = task.labels[task.indices("train")].numpy().astype(int)
+    counts = []
+    for _, rows in planned_batches(torch.from_numpy(labels), tuned.config):
+        y = labels[rows]
+        if y.ndim == 1: positive = y[:, None] == y
+        else: positive = y @ y.T >= (config.loss_options or dict(threshold=1e-9))["threshold"] * np.maximum(1, (y[:, None] | y).sum(2))
+        counts.append((positive & ~np.eye(len(y), dtype=bool)).sum(1))
+    assert tuned.log.positives.tolist() == pytest.approx([c.mean() for c in counts])
+    assert tuned.log.without_positives.tolist() == pytest.approx([(c == 0).mean() for c in counts])
+    assert tuned.positives == pytest.approx(np.concatenate(counts).mean())
+    assert tuned.without_positives == pytest.approx((np.concatenate(counts) == 0).mean())
+
+
+def test_a_run_without_positives_says_so_once():
+    task = load_task("words-4").subset(range(40))
+
+    def warned(batch=6, **settings):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            tuned = tune(load_backbone("log-mel"), task, TuneConfig(passes=1, batch=batch, **settings), progress=False)
+        return tuned, [str(w.message) for w in caught if w.category is ActWarning]
+
+    shuffled, messages = warned(per_class=None)
+    assert len(messages) == 1 and "\n" not in messages[0] and shuffled.positives < 1
+    assert re.search(r"words-4: an anchor has 0\.\d\d positives .*set per_class=4, or raise batch \(micro_batch", messages[0])
+    balanced, messages = warned(per_class=3, batch=24)
+    assert not messages and balanced.positives >= 2 and balanced.without_positives < .1
+    classifier, messages = warned(method="vanilla")
+    assert not messages and classifier.positives is None and "positives" not in classifier.log
+
+
+# ---------------------------------------------------------------- what the encoder decides
+
+@pytest.mark.parametrize("kind", [SpeechTransformer, HuggingFace])
+def test_large_transformers_are_tuned_slowly(kind):
+    config = TuneConfig().for_backbone(kind)
+    assert (config.lr, config.batch, config.per_class) == (3e-5, 32, 4)
+
+
+def test_settings_that_are_given_stay():
+    config = TuneConfig(lr=.1, batch=6, per_class=3, method="vanilla")
+    assert config.for_backbone(SpeechTransformer) == config
+    assert TuneConfig(batch=6, views=1, per_class=50).for_backbone(Backbone()).per_class == 6
+    assert TuneConfig(method="lp-ft").for_backbone(Backbone()).per_class is None
+    assert [TuneConfig(batch=rows).for_backbone(Backbone()).per_class for rows in (2, 4, 8, 24, 32, 512)] == [1, 2, 2, 3, 4, 4]
+
+
+@pytest.mark.parametrize("field, value", [("lr", 0), ("lr", None), ("batch", 6.5)])
+def test_an_encoder_with_an_impossible_rate_is_named(field, value):
+    backbone = load_backbone("log-mel")
+    setattr(backbone, field, value)
+    with pytest.raises(TuningError, match=f"log-mel.{field}={value}: must be"): TuneConfig().for_backbone(backbone)
+
+
+def test_an_encoder_keeps_its_rate(tmp_path):
+    from act.embeddings import fingerprint
+    backbone = load_backbone("random:speech-embedding")
+    digest = fingerprint(backbone)
+    backbone.lr, backbone.batch = 2e-4, 48
+    assert fingerprint(backbone) == digest                      # its embedding is the same
+    again = load_backbone(backbone.save_pretrained(tmp_path / "kept"))
+    assert (again.lr, again.batch) == (2e-4, 48)
+    plain = load_backbone(load_backbone("random:speech-embedding").save_pretrained(tmp_path / "plain"))
+    assert not {"lr", "batch"} & set(vars(plain))
+
+
+def test_the_rate_of_an_encoder_is_part_of_a_run(registered):
+    from act.study import Run, run_key
+
+    def key(rate, **options):
+        @register_backbone("mine")
+        def mine(pretrained=True):
+            backbone = load_backbone("log-mel")
+            backbone.lr = rate
+            return backbone
+        return run_key(Run("words-4", "mine", "contrastive" if options else "frozen", 0, options))
+
+    assert key(1e-3, passes=1) == key(1e-3, passes=1) != key(1e-4, passes=1)
+    assert key(1e-3, passes=1, lr=.1) == key(1e-4, passes=1, lr=.1)
+    assert key(1e-3) == key(1e-4)                               # frozen
+
+
+def test_a_copy_is_tuned_unless_told_otherwise():
+    task = load_task("words-4").subset(range(24))
+    config = TuneConfig(passes=1, batch=8)
+    given = load_backbone("random:speech-embedding")
+    before = weights(given)
+    copied = tune(given, task, config, progress=False)
+    assert torch.equal(weights(given), before) and not torch.equal(weights(copied.backbone), before)
+    itself = tune(given, task, config, progress=False, inplace=True)
+    assert itself.backbone is given and torch.equal(weights(given), weights(copied.backbone))
+    assert copied.config == itself.config and (copied.config.lr, copied.config.per_class) == (1e-3, 2)
+    assert copied.backbone.name == given.name
+
+
+def test_an_encoder_that_cannot_be_copied_is_named():
+    class Attached(type(load_backbone("log-mel"))):
+        name = "attached"
+        def __deepcopy__(self, memo): raise TypeError("cannot pickle a file")
+
+    task = load_task("words-4").subset(range(24))
+    with pytest.raises(TuningError, match="attached: cannot be copied .*inplace=True"):
+        tune(Attached(), task, TuneConfig(passes=1, batch=8), progress=False)
+
+
+def test_a_profile_may_name_the_sampler():
+    from act.paper import PaperError, checked_profile
+    trials = [dict(per_class=value, lr=None, batch=None) for value in ("auto", None, 3)]
+    assert checked_profile(dict(table_3=dict(trials=trials)))["table_3"]["trials"] == trials
+    with pytest.raises(PaperError, match="per_class: 'many' is not"):
+        checked_profile(dict(table_3=dict(trials=[dict(per_class="many")])))
 
 
 # ---------------------------------------------------------------- augmentation
@@ -221,13 +452,13 @@ def test_views_differ_and_stay_finite():
 NAN, INFINITY = float("nan"), float("inf")
 WRONG = {                            # what the message says of which values
     "must be a finite number above 0": dict(
-        lr=[0, -1., NAN, INFINITY, None, True, "fast"], head_lr=[0., -1e-3, NAN], max_grad_norm=[0, INFINITY],
+        lr=[0, -1., NAN, INFINITY, True, "fast"], head_lr=[0., -1e-3, NAN], max_grad_norm=[0, INFINITY],
         temperature=[0, -.1, NAN], max_seconds=[0, -3, NAN, INFINITY]),
     "must be a finite number of at least 0": dict(weight_decay=[-.1, NAN], checkpoint_minutes=[-1, NAN]),
     "at least 0 and at most 1": dict(warmup=[1.5, -1, NAN]),
     "must be a whole number of at least 1": dict(
-        batch=[0, -64, 64., None, True], passes=[0, 2.5, NAN], views=[0, 1.5], projection_dim=[0, 12.5],
-        per_class=[0, -2, 1.5], micro_batch=[0, 1.5], max_samples=[0, 1e6], patience=[0, 1.5]),
+        batch=[0, -64, 64., True], passes=[0, 2.5, NAN], views=[0, 1.5], projection_dim=[0, 12.5],
+        per_class=[0, -2, 1.5, "balanced"], micro_batch=[0, 1.5], max_samples=[0, 1e6], patience=[0, 1.5]),
     "must be a whole number of at least 0": dict(seed=[-1, 1.5, None, NAN]),
     "at least 0 and at most 9223372036854775807": dict(seed=[2**63, 2**80]),
     "it is text: write 0.001": dict(lr=["1e-3"], weight_decay=["1e-3"], max_seconds=["1e-3"]),
@@ -264,6 +495,8 @@ def test_settings_of_numpy_and_of_json_are_taken():
 def test_a_batch_holds_the_views_of_a_clip():
     with pytest.raises(TuningError, match="batch=2: must be at least the 3 views"):
         TuneConfig(batch=2, views=3)
+    with pytest.raises(TuningError, match="batch=128: must be at least the 129 views"):
+        TuneConfig(views=129).for_backbone(Backbone())
     assert TuneConfig(batch=2, views=3, method="vanilla").views_per_clip == 1
 
 

@@ -4,7 +4,6 @@ import struct
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
@@ -242,44 +241,98 @@ def test_half_precision_stays_close(small):
     assert apart(half.float(), precise) <= .05
 
 
-# ---------------------------------------------------------------- what cutting costs
+# ---------------------------------------------------------------- padding to a span
 
 @torch.no_grad()
-def embedding(backbone, clip, padded):
-    """Of a clip; `padded` runs the layers over 30 s, as Whisper does, and pools the clip's vectors."""
-    x = torch.as_tensor(clip)[None]
-    lengths = torch.tensor([x.shape[1]])
-    if not padded:
-        return backbone(x, lengths)
-    mels = whisper_log_mel(backbone.mel, F.pad(x, (0, WHISPER_SPAN - x.shape[1])))
-    hidden = backbone.net(backbone.net.embed(mels, 1500), torch.tensor([1500]))
-    return backbone.pool(backbone.net.norm(hidden[-1]), (lengths + 319) // 320)
+def test_padded_to_a_span(small):
+    """Silence is seen and not pooled, whatever the batch; at the span and beyond it nothing changes."""
+    padded = load_backbone(f"random:{NAME}", padded_to=1)
+    lengths = torch.tensor([16000, 6401, 24123, 1000])
+    x = noise(24123, clips=4)
+    together = padded(x, lengths)
+    for row, n, z in zip(x, lengths, together):
+        assert apart(z, padded(row[None, :n])[0]) <= 1e-4
+    cut = small(x, lengths)
+    assert apart(together[[0, 2]], cut[[0, 2]]) <= 1e-4
+    assert (together - cut).abs().amax(1)[[1, 3]].min() > 1e-2
+    assert padded.computed_samples([1000, 16000, 24123]).tolist() == [16000, 16000, 24123]
 
 
-def accuracies(z, labels, half):
-    """Linear and k-NN accuracy on the second half of the clips, fitted on the first."""
-    z = StandardScaler().fit(z[:half]).transform(z)
+@torch.no_grad()
+def test_padded_to_30_seconds_is_transformers(pretrained):
+    t = pytest.importorskip("transformers")
+    x = noise(16000)
+    features = t.WhisperFeatureExtractor()(x[0].numpy(), sampling_rate=16000, return_tensors="pt").input_features
+    reference = transformers_encoder(pretrained.net)(features).last_hidden_state
+    ours = load_backbone(NAME, padded_to=30)(x)
+    assert apart(ours, reference[:, :50].mean(1)) <= 1e-3
+
+
+def test_a_span_is_saved_and_checked(tmp_path):
+    backbone = load_backbone(f"random:{NAME}", padded_to=2)
+    loaded = load_backbone(backbone.save_pretrained(tmp_path / "saved"))
+    assert loaded.least_samples == 32000
+    for wrong in (-1, 31, float("nan")):
+        with pytest.raises(BackboneError, match=f"padded_to={wrong}: a number of seconds from 0 to 30"):
+            load_backbone(f"random:{NAME}", padded_to=wrong)
+
+
+# ---------------------------------------------------------------- frozen scores on real recordings
+
+def accuracies(z, labels, fit, test):
+    """Linear and k-NN accuracy on the rows `test`, fitted on the rows `fit`."""
+    z = StandardScaler().fit(z[fit]).transform(z)
     scores = []
     for probe in (LogisticRegression(C=.1, max_iter=2000), KNeighborsClassifier(5, metric="cosine")):
-        probe.fit(z[:half], labels[:half])
-        scores.append(probe.score(z[half:], labels[half:]))
+        probe.fit(z[fit], labels[fit])
+        scores.append(probe.score(z[test], labels[test]))
     return np.array(scores)
 
 
+@torch.no_grad()
+def embeddings(backbone, waves, rows):
+    """Of some clips of a task, (len(rows), 384)."""
+    rows = np.asarray(rows)
+    order = np.argsort(waves.lengths.numpy()[rows], kind="stable")
+    z = np.zeros((len(rows), backbone.dim), np.float32)
+    for part in np.array_split(order, -(-len(rows) // 16)):
+        z[part] = backbone(*waves.batch(rows[part])).numpy()
+    return z
+
+
+def split_rows(task):
+    test = task.indices("test")
+    return test, np.setdiff1d(np.arange(len(task)), test)
+
+
 @pytest.mark.slow
-def test_cutting_to_length_is_measured_beside_padding(real_cache, pretrained):
-    """50 clips of FSDD's training speakers for the probes, 50 of its test speakers for the scores."""
+@pytest.mark.parametrize("names, expected", [
+    (["fsdd"], (.957, .900)),
+    ([f"esc10@{fold}" for fold in range(1, 6)], (.900, .837)),
+])
+def test_frozen_scores_are_those_of_a_prototype(real_cache, pretrained, names, expected):
+    """Within two points, or better."""
+    tasks = [load_task(name) for name in names]
+    z = embeddings(pretrained, tasks[0].waveforms(16000), np.arange(len(tasks[0])))      # folds share the clips
+    scores = []
+    for task in tasks:
+        test, rest = split_rows(task)
+        scores.append(accuracies(z, task.labels.numpy(), rest, test))
+    print(names[0], np.mean(scores, 0))
+    assert (np.mean(scores, 0) - expected).min() >= -.02, scores
+
+
+@pytest.mark.slow
+def test_padding_helps_short_clips(real_cache, pretrained):
+    """100 digits for the probes and 100 of an unseen speaker for the scores, cut and padded to 2 s."""
     task = load_task("fsdd")
     draw = np.random.default_rng(0)
-    rows = [draw.choice(task.indices(side), 100, replace=False)[:50] for side in ("train", "test")]
-    rows = np.concatenate(rows)
+    test, rest = (draw.permutation(side)[:100] for side in split_rows(task))
+    rows = np.concatenate([rest, test])
     waves = task.waveforms(16000)
-    scores = {}
-    for padded in (False, True):
-        z = []
-        for row in rows:
-            x, lengths = waves.batch([row])
-            z.append(embedding(pretrained, x[0, :lengths[0]], padded))
-        scores[padded] = accuracies(torch.cat(z).numpy(), np.asarray(task.labels)[rows], half=50)
-    print("cut to length", scores[False], "padded to 30 s", scores[True])
-    assert min(scores[False].min(), scores[True].min()) > .15, scores      # chance is .1
+    scores = []
+    for backbone in (pretrained, load_backbone(NAME, padded_to=2)):
+        z = embeddings(backbone, waves, rows)
+        scores.append(accuracies(z, task.labels.numpy()[rows], np.arange(100), np.arange(100, 200)))
+    print("cut to length", scores[0], "padded to 2 s", scores[1])
+    assert scores[0].min() > .85 and (scores[1] - scores[0]).mean() > -.02, scores

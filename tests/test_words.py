@@ -22,7 +22,7 @@ print(hashlib.sha256(b"".join(sounds[k] for k in sorted(sounds))).hexdigest())
 
 def test_fresh_processes_in_any_order_render_the_same_bytes():
     digests = set()
-    for i in range(3):
+    for i in range(2):
         command = [sys.executable, "-c", RENDER, str(i)]
         env = {**os.environ, "PYTHONHASHSEED": str(i)}
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
@@ -42,10 +42,10 @@ def test_no_voice_is_on_two_sides():
     assert not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
 
 
-def test_some_clips_of_each_class_leave_the_other_splits_alone():
+def test_some_clips_of_each_class_shorten_validation_and_leave_the_test_alone():
     few = load_task("words-8:5")
     whole = load_task("words-8")
-    valid, test = (len(whole.indices(side)) for side in ("valid", "test"))
-    assert [len(few.indices(side)) for side in SPLITS] == [5 * 8, valid, test]
+    train, valid, test = (len(whole.indices(side)) for side in SPLITS)
+    assert [len(few.indices(side)) for side in SPLITS] == [5 * 8, round(5 * 8 / train * valid / 8) * 8, test]
     with pytest.raises(TaskError, match="choose from 1 to 20"): load_task("words-8:999")
     with pytest.raises(TaskError, match="single-label"): load_task("words-mix-8:5")

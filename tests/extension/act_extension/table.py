@@ -3,7 +3,7 @@ from act.paper import PlannedRow, named_method, register_rows
 
 
 def tones_row(trials=(), **options):
-    """What `act.study.compare` needs for the row."""
+    """What `act.paper.compare_rows` needs for the row."""
     methods = {"frozen": named_method("frozen"),
                "two-layer": ("two-layer", {}),
                "squared-jaccard": ("contrastive", dict(loss="squared-jaccard"))}
