@@ -599,22 +599,21 @@ def class_gains(long, probe, better="contrastive", worse="vanilla"):
     Returns
     -------
     DataFrame
-        ``family, task, classes, gain, worse``, one row per seed; none where one of the two methods was not
-        measured. The family is the name of the task without its number of classes and its draw; the last
-        column is the score of the worse method.
+        ``family, task, backbone, classes, gain, worse``, one row per seed; none where one of the two methods
+        was not measured. The family is the name of the task without its number of classes and its draw; the
+        last column is the score of the worse method.
     """
     wanted = _is_measured(long) & (long.probe == probe)
-    rows = long[wanted].set_index(["task", "method"])
     gains = []
-    for task in rows.index.unique("task"):
-        a, b = (task, better), (task, worse)
-        if a not in rows.index or b not in rows.index:
+    for (task, backbone), rows in long[wanted].groupby(["task", "backbone"], sort=False):
+        rows = rows.set_index("method")
+        if better not in rows.index or worse not in rows.index:
             continue
-        classes = int(rows.loc[a, "classes"])
-        baseline = _seed_values(rows, b)
-        for gain, score in zip(_seed_values(rows, a) - baseline, baseline):
-            gains.append((_family(task), task, classes, gain, score))
-    return pd.DataFrame(gains, columns=["family", "task", "classes", "gain", "worse"])
+        names = (_family(task), task, backbone, int(rows.loc[better, "classes"]))
+        baseline = _seed_values(rows, worse)
+        for gain, score in zip(_seed_values(rows, better) - baseline, baseline):
+            gains.append((*names, gain, score))
+    return pd.DataFrame(gains, columns=["family", "task", "backbone", "classes", "gain", "worse"])
 
 # %% ../nbs/api/16a_analysis.ipynb #ana00089
 def _family(task):
@@ -1075,7 +1074,7 @@ register_claim("beats vanilla", Claim(
     points=True,
     rows=partial(_accuracy_rows, other="vanilla")))
 register_claim("beats lp-ft", Claim(
-    text="... and the strong vanilla baseline, LP-FT",
+    text="Contrastive tuning beats LP-FT, the strong vanilla baseline",
     statistic="test accuracy, contrastive minus LP-FT",
     points=True,
     rows=partial(_accuracy_rows, other="lp-ft")))
@@ -1097,8 +1096,8 @@ def class_slopes(long, better="contrastive", worse="vanilla"):
     Returns
     -------
     DataFrame
-        With the columns of `ROW_COLUMNS`, one row for each probe and family of tasks. Families with a single
-        class count, or with fewer than three draws of classes, have none. The note names the tasks on which
+        With the columns of `ROW_COLUMNS`, one row for each probe, family of tasks and encoder. Families with a
+        single class count, or with fewer than three draws of classes, have none. The note names the tasks on which
         the worse method scores above `CEILING`.
     """
     if long is None:
@@ -1106,11 +1105,11 @@ def class_slopes(long, better="contrastive", worse="vanilla"):
     rows = []
     for probe in PROBES:
         gains = class_gains(long, probe, better, worse)
-        draws = gains.groupby(["family", "task", "classes"], sort=False).mean().reset_index()
-        for family, points in draws.groupby("family", sort=False):
+        draws = gains.groupby(["family", "task", "backbone", "classes"], sort=False).mean().reset_index()
+        for (family, backbone), points in draws.groupby(["family", "backbone"], sort=False):
             if points.classes.nunique() < 2 or points.gain.count() < 3:
                 continue
-            names = dict(backbone=long.backbone.iloc[0], measure=PROBE_NAMES[probe])
+            names = dict(backbone=backbone, measure=PROBE_NAMES[probe])
             fitted = _slope_row(family, points)
             note = _ceiling_note(points, worse, probe)
             rows.append(names | fitted | dict(compared=f"{better} − {worse}", note=note))
@@ -1149,7 +1148,7 @@ def _class_count_rows(comparisons, derived):
 
 # %% ../nbs/api/16a_analysis.ipynb #ana00039
 register_claim("many classes", Claim(
-    text="... most of all with many classes",
+    text="The gain over vanilla fine-tuning grows with the number of classes",
     statistic="slope of the gain over vanilla against log2 of the number of classes",
     points=True,
     rows=_class_count_rows))
@@ -1173,21 +1172,21 @@ def _register_separation(name, text, other, side, measures):
 
 # %% ../nbs/api/16a_analysis.ipynb #ana00042
 _register_separation(
-    "better geometry", "It improves the geometry of the pre-trained embedding: whole classes",
+    "better geometry", "Contrastive tuning improves the geometry of the pre-trained embedding: whole classes",
     "frozen", "whole classes", GLOBAL)
 _register_separation(
-    "better neighbourhoods", "... and neighbourhoods",
+    "better neighbourhoods", "Contrastive tuning improves the geometry of the pre-trained embedding: neighbourhoods",
     "frozen", "neighbourhoods", LOCAL)
 register_claim("both probes gain", Claim(
-    text="... and both probes gain from it",
+    text="Both probes gain from contrastive tuning",
     statistic="test accuracy, contrastive minus frozen",
     points=True,
     rows=partial(_accuracy_rows, other="frozen")))
 _register_separation(
-    "better geometry than vanilla", "... more than vanilla fine-tuning improves it: whole classes",
+    "better geometry than vanilla", "Contrastive tuning improves the geometry more than vanilla fine-tuning: whole classes",
     "vanilla", "whole classes", GLOBAL)
 _register_separation(
-    "better neighbourhoods than vanilla", "... more than vanilla fine-tuning improves neighbourhoods",
+    "better neighbourhoods than vanilla", "Contrastive tuning improves the geometry more than vanilla fine-tuning: neighbourhoods",
     "vanilla", "neighbourhoods", LOCAL)
 
 # %% ../nbs/api/16a_analysis.ipynb #ana00044
@@ -1306,7 +1305,7 @@ register_claim("dual probe", Claim(
     points=False,
     rows=_dual_probe_rows))
 register_claim("own side", Claim(
-    text="... and each probe reads its own side",
+    text="Each probe reads its own side of the geometry",
     statistic="the same correlation, given the other side of the geometry",
     points=False,
     rows=partial(_dual_probe_rows, prefix="partial_")))
@@ -1330,7 +1329,7 @@ register_claim("jaccard", Claim(
     points=True,
     rows=partial(_multi_label_rows, method="jaccard")))
 register_claim("jaccard-threshold", Claim(
-    text="... also in its form with a threshold",
+    text="The Jaccard-weighted loss with a threshold surpasses strong multi-label baselines",
     statistic="test mAP, Jaccard (threshold 0.3) minus the baseline",
     points=True,
     rows=partial(_multi_label_rows, method="jaccard-threshold")))

@@ -280,7 +280,7 @@ def test_a_probe_that_reads_its_own_side_keeps_its_correlation():
     assert (matrix[matrix.own].partial_low > .3).all() and (matrix[~matrix.own].partial_low < 0).all()
     results = claims({TABLE_2: compared(**methods)})
     verdicts = results["claims"].set_index("claim").verdict
-    assert verdicts["... and each probe reads its own side"] == "supported"
+    assert verdicts["Each probe reads its own side of the geometry"] == "supported"
     assert len(matrix_text(results["claims_geometry"])) == 4 and len(claims_text(results["claims_rows"])) == 4
 
 
