@@ -277,7 +277,8 @@ def geometry_table(records):
     Parameters
     ----------
     records : dict of str to list of dict
-        Method to its records, as `act.study.compare` returns them; methods whose runs failed are left out.
+        Method to its records, as `act.study.compare` returns them; methods whose runs failed are left out,
+        and so are measures that folds of different sizes do not share.
 
     Returns
     -------
@@ -287,7 +288,8 @@ def geometry_table(records):
     rows = []
     for method, runs in records.items():
         done = [r for r in runs if _is_done(r)]
-        measures = done[0]["geometry"]["measures"] if done else ()
+        known = done[0]["geometry"]["measures"] if done else ()
+        measures = [m for m in known if all(m in r["geometry"]["measures"] for r in done)]
         for measure in measures:
             mean, half = np.round(mean_interval(_measured(done, measure)), 4)
             rows.append((measure, method, mean, half, len(done)))

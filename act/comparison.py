@@ -31,7 +31,7 @@ from .paper import SINGLE_LABEL_METHODS, named_methods
 from .report import (PAIRED_PROTOCOL, alternative_text, geometry_text, method_colours, paired_text, picture,
                         protocol, save_figure, save_table, wide_table)
 from .reproduce import FORWARD_SHARE, SAMPLED, audio_speed, page_template
-from .study import (FROZEN, Run, Store, compare, default_jobs, execute_all, provenance, run_embedding,
+from .study import (EXTENSIONS, FROZEN, Run, Store, compare, default_jobs, provenance, run_embedding,
                        validation_score)
 from .tasks import SPLITS, load_task, register_task, split_groups
 from .tuning import METHODS, TuneConfig, criterion_of
@@ -187,66 +187,6 @@ def _registered(folds):
         for pattern in patterns:
             REGISTRIES["task"].pop(pattern, None)
 
-# %% ../nbs/api/18a_comparison.ipynb #cmp00023
-def _means(parts):
-    """Nested dicts of numbers, averaged number by number; what some of them lack is left out."""
-    first = parts[0]
-    if not isinstance(first, dict):
-        return float(np.mean(parts))
-    common = [key for key in first if all(key in part for part in parts)]
-    return {key: _means([part[key] for part in parts]) for key in common}
-
-
-def _joined_predictions(records):
-    """Truth, predictions and groups of the test clips of all folds; empty where they cannot be joined."""
-    truths = [record.get("truth") for record in records]
-    if not all(truths) or isinstance(truths[0][0], list):
-        return {}
-    predictions = {}
-    for probe in PROBE_NAMES:
-        predictions[probe] = sum((record["predictions"][probe] for record in records), [])
-    return dict(truth=sum(truths, []), predictions=predictions, **_joined_groups(records))
-
-
-def _joined_groups(records):
-    """The groups of the test clips of all folds, if they are known; no group is in two folds."""
-    groups = [record.get("groups") for record in records]
-    if not all(groups):
-        return {}
-    joined = []
-    for each in groups:
-        before = len(set(joined))
-        ids = {group: before + i for i, group in enumerate(dict.fromkeys(each))}
-        joined += [ids[group] for group in each]
-    return dict(groups=joined)
-
-# %% ../nbs/api/18a_comparison.ipynb #cmp00024
-def _over_folds(records, task):
-    """One record for the folds of one seed; the first failed one if there is any."""
-    for record in records:
-        if record["status"] != "done":
-            return record
-    first = records[0]
-    if len(records) == 1:
-        return first
-    clips = {side: sum(record["clips"][side] for record in records) for side in first["clips"]}
-    chosen = {}
-    for name in first["chosen"]:
-        values = [record["chosen"][name] for record in records]
-        chosen[name] = float(np.median(values))
-    measures = _means([record["geometry"]["measures"] for record in records])
-    return dict(
-        key=first["key"],
-        run=dict(first["run"], task=task),
-        status="done",
-        metric=first["metric"],
-        scores=_means([record["scores"] for record in records]),
-        chosen=chosen,
-        clips=clips,
-        geometry=dict(measures=measures),
-        **_joined_predictions(records),
-    )
-
 # %% ../nbs/api/18a_comparison.ipynb #cmp00027
 LEAST = dict(passes=2, trials=1, seeds=1)       # what a budget may cut down to
 RUN_SECONDS = 4.        # of a run besides tuning and embedding: probes, geometry, the record
@@ -273,11 +213,16 @@ class Plan:
     minutes: float = math.nan
     cut: str = ""
 
-    def runs(self, methods):
-        """The number of runs with one encoder."""
+    def tuned_runs(self, methods):
+        """The number of runs with one encoder that tune it, at most: a study may add trials at an edge."""
         tuned = sum(method != FROZEN for method, _ in methods.values())
-        frozen = len(methods) - tuned
-        return tuned * (self.trials + self.folds * self.seeds - 1) + frozen * self.folds
+        added = EXTENSIONS if self.trials > 1 else 0
+        return tuned * (self.trials + added + self.folds * self.seeds - 1)
+
+    def runs(self, methods):
+        """The number of runs with one encoder, at most."""
+        frozen = sum(method == FROZEN for method, _ in methods.values())
+        return self.tuned_runs(methods) + frozen * self.folds
 
 # %% ../nbs/api/18a_comparison.ipynb #cmp00028
 def _smaller(plan):
@@ -325,13 +270,11 @@ def _estimate(plan, folds, methods, speeds, jobs):
     """Minutes of a plan; `speeds` are seconds of audio per second of each encoder in one process."""
     seconds = _clip_seconds(folds[0])
     train = seconds[folds[0].indices("train")].sum()
-    tuned = sum(method != FROZEN for method, _ in methods.values())
-    n_tuned = tuned * (plan.trials + plan.folds * plan.seeds - 1)
     total = 0.
     for speed in speeds:
         embedding = FORWARD_SHARE * seconds.sum() / speed + RUN_SECONDS
         tuning = plan.passes * train / speed
-        total += plan.runs(methods) * embedding + n_tuned * tuning
+        total += plan.runs(methods) * embedding + plan.tuned_runs(methods) * tuning
     last = plan.passes * train / max(speeds)            # the classifier that is saved
     return (total / jobs + last + START_SECONDS) / 60
 
@@ -460,8 +403,9 @@ def _plan_text(request, plan):
     runs = len(request.backbones) * plan.runs(request.methods)
     encoders = ", ".join(request.backbones)
     methods = ", ".join(request.methods)
-    sizes = f"{plan.trials} trials, {plan.seeds} seeds, {plan.passes} passes, {plan.folds} folds"
-    text = f"{request.task.name}: {runs} runs with {encoders}; {methods}; {sizes}"
+    splits = "one split" if plan.folds == 1 else f"{plan.folds} folds"
+    sizes = f"trials {plan.trials}, seeds {plan.seeds}, passes {plan.passes}, {splits}"
+    text = f"{request.task.name}: at most {runs} runs with {encoders}; {methods}; {sizes}"
     if not math.isnan(plan.minutes):
         text += f"; about {max(1, plan.minutes):.0f} minutes, {request.jobs} runs at once"
     if plan.cut:
@@ -483,58 +427,28 @@ def _run_of(record, task):
     fields = dict(record["run"], task=task)
     return Run(**fields)
 
-
-def _on_other_folds(found, names, store, jobs, progress):
-    """For each method a list over seeds of lists over folds; `found` are the records of the first fold."""
-    runs = {}
-    for method, records in found.items():
-        for record in records:
-            for name in names[1:]:
-                run = _run_of(record, name)
-                runs[method, record["run"]["seed"], name] = run
-    records_of = dict(zip(runs, execute_all(runs.values(), store, jobs, progress)))
-    by_seed = {}
-    for method, records in found.items():
-        by_seed[method] = []
-        for record in records:
-            others = [records_of[method, record["run"]["seed"], name] for name in names[1:]]
-            by_seed[method].append([record, *others])
-    return by_seed
-
 # %% ../nbs/api/18a_comparison.ipynb #cmp00041
 def _compared(request, plan, names, store, progress):
-    """For each encoder and method its records: a list over seeds of lists over folds."""
-    found = {}
+    """What `long_table` takes: for each encoder and method its records, folds times seeds."""
+    comparisons = {}
     for backbone in request.backbones:
         trials = _trials_of_plan(request.trials[backbone], plan)
         seeds = list(range(plan.seeds))
         row = (names[0], backbone, request.methods, trials, seeds)
-        first = compare(*row, store, request.jobs, progress)
-        found[backbone] = _on_other_folds(first, names, store, request.jobs, progress)
-    return found
+        records = compare(*row, store, request.jobs, progress, folds=names)
+        comparisons[request.task.name, backbone] = records
+    return comparisons
 
 
-def _raise_if_all_failed(found):
+def _raise_if_all_failed(comparisons):
     """An error if no run succeeded: then the recordings are at fault, or the encoders."""
     errors = []
-    for methods in found.values():
-        for seeds in methods.values():
-            for record in sum(seeds, []):
-                if record["status"] == "done":
-                    return
-                errors.append(record["error"])
+    for methods in comparisons.values():
+        for record in sum(methods.values(), []):
+            if record["status"] == "done":
+                return
+            errors.append(record["error"])
     raise ComparisonError(f"no run succeeded: {errors[0]}")
-
-
-def _pooled(found, task):
-    """What `long_table` takes: for each encoder and method a record for each seed."""
-    comparisons = {}
-    for backbone, methods in found.items():
-        by_method = {}
-        for name, seeds in methods.items():
-            by_method[name] = [_over_folds(records, task.name) for records in seeds]
-        comparisons[task.name, backbone] = by_method
-    return comparisons
 
 # %% ../nbs/api/18a_comparison.ipynb #cmp00043
 def _points_text(value):
@@ -580,6 +494,12 @@ def verdicts(paired, reference):
     return sentences
 
 # %% ../nbs/api/18a_comparison.ipynb #cmp00047
+def _printed_scores(scores):
+    """A row for each encoder and method, a column for each probe."""
+    wide = wide_table(scores, ["probe"])
+    return wide.reset_index().rename_axis(columns=None)
+
+
 @dataclass
 class TaskComparison:
     """The outcome of `compare_on`.
@@ -587,7 +507,7 @@ class TaskComparison:
     Attributes
     ----------
     comparisons : dict of (task, encoder) to dict of method to list of records
-        One record for each seed; those of several folds are put together.
+        As `act.study.compare` returns them: one record for each fold and seed.
     plan : Plan
     reference : str
         The method that the methods under test are measured against.
@@ -636,8 +556,7 @@ class TaskComparison:
         return AudioClassifier.from_pretrained(self.model)
 
     def _repr_markdown_(self):
-        table = wide_table(self.scores, ["probe"]).reset_index()
-        printed = table.to_markdown(index=False, disable_numparse=True)
+        printed = _printed_scores(self.scores).to_markdown(index=False, disable_numparse=True)
         return "\n\n".join([*self.verdicts, *not_measured(self.scores), printed])
 
 # %% ../nbs/api/18a_comparison.ipynb #cmp00049
@@ -653,7 +572,8 @@ def _draw_scores(scores):
         heights = np.arange(len(rows))[::-1]
         percent = 100 * rows["mean"].astype(float)
         half = 100 * np.nan_to_num(rows.ci95.astype(float))
-        ax.errorbar(percent, heights, xerr=half, fmt="none", ecolor="0.5")
+        below, above = np.minimum(half, percent), np.minimum(half, 100 - percent)      # scores end at 0 and 100
+        ax.errorbar(percent, heights, xerr=[below, above], fmt="none", ecolor="0.5")
         ax.scatter(percent, heights, c=[colours[name] for name in rows.method], zorder=3)
         labels = rows.method if len(backbones) == 1 else rows.backbone + ", " + rows.method
         ax.set_yticks(heights, labels)
@@ -670,7 +590,7 @@ def _map_labels(task, rows):
     return labels.argmax(1) if task.multilabel else labels
 
 
-def _draw_maps(request, found, names, store):
+def _draw_maps(request, comparisons, store):
     """Test clips of the first fold as t-SNE maps: an encoder in each row, a method in each column."""
     tested = _under_test(request.methods)
     methods = list(dict.fromkeys([FROZEN, _reference(request.methods), *tested]))
@@ -678,29 +598,30 @@ def _draw_maps(request, found, names, store):
     fold = request.folds[0]
     rows = fold.indices("test")
     rows = rows[::max(1, math.ceil(len(rows) / MAPPED))]
-    size = (2.4 * len(methods), 2.5 * len(found))
-    figure, axes = plt.subplots(len(found), len(methods), figsize=size, squeeze=False, layout="constrained")
-    for line, backbone in zip(axes, found):
+    lines = len(comparisons)
+    size = (2.4 * len(methods), 2.5 * lines)
+    figure, axes = plt.subplots(lines, len(methods), figsize=size, squeeze=False, layout="constrained")
+    for line, ((_, backbone), records) in zip(axes, comparisons.items()):
         for ax, method in zip(line, methods):
             ax.set(xticks=[], yticks=[])
-            record = found[backbone][method][0][0]
+            record = records[method][0]
             if record["status"] == "done":
-                z = run_embedding(_run_of(record, names[0]), store)
+                z = run_embedding(_run_of(record, record["run"]["task"]), store)
                 plot_projection(torch.tensor(z[rows]), _map_labels(fold, rows), "tsne", ax=ax)
             ax.set_title(f"{backbone}\n{method}", fontsize=9)
     return figure
 
 # %% ../nbs/api/18a_comparison.ipynb #cmp00052
-def _best_run(found, comparisons):
-    """The run of the first fold and seed whose setting has the best mean validation score."""
+def _best_record(comparisons):
+    """The first record of the setting with the best mean validation score."""
     best = None
     highest = -math.inf
-    for (_, backbone), methods in comparisons.items():
-        for name, records in methods.items():
+    for methods in comparisons.values():
+        for records in methods.values():
             score = float(np.mean([validation_score(record) for record in records]))
             if score > highest:
                 highest = score
-                best = found[backbone][name][0][0]
+                best = records[0]
     return best
 
 
@@ -730,8 +651,8 @@ def _save_classifier(request, record, result, progress):
     classifier = _train(request.task, result.best, progress)
     facts = dict(record=key, setting=str(result.best), verdict=" ".join(result.verdicts))
     classifier.card["Comparison"] = facts
-    table = wide_table(result.scores, ["probe"]).reset_index()
-    classifier.save_pretrained(folder, {"Compared": table, "Provenance": provenance()}, force=True)
+    sections = {"Compared": _printed_scores(result.scores), "Provenance": provenance()}
+    classifier.save_pretrained(folder, sections, force=True)
 
 # %% ../nbs/api/18a_comparison.ipynb #cmp00054
 def _geometry(comparisons):
@@ -755,7 +676,7 @@ def _tables(result):
         trials, = trials.values()
     caption = protocol(trials, result.plan.seeds)
     return [
-        ("scores", "Scores", scores, wide_table(scores, ["probe"]).reset_index(), caption),
+        ("scores", "Scores", scores, _printed_scores(scores), caption),
         ("paired", "Differences", paired, paired_text(paired), PAIRED_PROTOCOL),
         ("chosen", "What was chosen", chosen, chosen, ""),
         ("geometry", "Geometry of the test clips", *_geometry(result.comparisons), ""),
@@ -837,16 +758,15 @@ def compare_on(task, backbones=("speech-embedding",), methods=None, trials=None,
         tqdm.write(settings)
     store = Store(request.out / "runs")
     with _registered(request.folds) as names:
-        found = _compared(request, plan, names, store, progress)
-        _raise_if_all_failed(found)
-        maps = _draw_maps(request, found, names, store)
-    return _finished(request, plan, settings, found, maps, progress)
+        comparisons = _compared(request, plan, names, store, progress)
+        _raise_if_all_failed(comparisons)
+        maps = _draw_maps(request, comparisons, store)
+    return _finished(request, plan, settings, comparisons, maps, progress)
 
 # %% ../nbs/api/18a_comparison.ipynb #cmp00058
-def _finished(request, plan, settings, found, maps, progress):
+def _finished(request, plan, settings, comparisons, maps, progress):
     """The result of the runs, with its report and its classifier."""
-    comparisons = _pooled(found, request.task)
-    record = _best_run(found, comparisons)
+    record = _best_record(comparisons)
     result = TaskComparison(
         comparisons,
         plan,
@@ -858,9 +778,10 @@ def _finished(request, plan, settings, found, maps, progress):
         settings=settings,
     )
     shown = ", ".join(request.methods)
+    name = request.task.name
     figures = {
-        "scores": (_draw_scores(result.scores), f"Test scores of {shown} on {request.task.name}, with 95 % intervals"),
-        "maps": (maps, f"Test clips of {request.task.name} as t-SNE maps, before and after tuning, coloured by class"),
+        "scores": (_draw_scores(result.scores), f"Test scores of {shown} on {name}, with 95 % intervals"),
+        "maps": (maps, f"Test clips of {name} as t-SNE maps, before and after tuning, coloured by class"),
     }
     _save_classifier(request, record, result, progress)
     _write_report(result, figures)
