@@ -974,8 +974,8 @@ def _index(path, header):
         status = path.stat()
     except (OSError, ValueError):
         return None
-    for field, value in header.items():
-        if index.get(field) != value:
+    for name, value in header.items():
+        if index.get(name) != value:
             return None
     if status.st_size != 4 * sum(index["lengths"]):
         return None

@@ -22,11 +22,11 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Literal, NamedTuple, NewType, Union, get_args, get_origin
 
-from . import tasks as act_tasks
 from .core import ActError, Registry, full_path
 from .losses import CLASSIFICATION_LOSSES, CONTRASTIVE_LOSSES
 from .study import (ALL, FROZEN, StudyError, check_equal_trials, compare, execute_all, trial_runs,
                        widest_grid)
+from .tasks import task_folds
 from .tuning import METHODS, Augment, TuneConfig
 
 # %% ../nbs/api/16_paper.ipynb #stu00038
@@ -547,15 +547,9 @@ register_artefact(Artefact(
     all_data=True))
 
 # %% ../nbs/api/16_paper.ipynb #pap00046
-def _folds_of(task):
-    """The names of a task with each of its official folds as the test split; the name alone without folds."""
-    official = getattr(act_tasks, "task_folds", None)
-    return (task,) if official is None else tuple(official(task))
-
-
 def _table_2(tasks, backbones, trials=(), tune=(), folds=(), **_):
     for task, backbone in product(tasks, backbones):
-        names = _folds_of(task) if task in folds else ()
+        names = tuple(task_folds(task)) if task in folds else ()
         if backbone in dict(tune).get(task, []):
             methods = named_methods(SINGLE_LABEL_METHODS)
             yield PlannedRow(task, backbone, methods, trials_for(trials, task, backbone), names)
