@@ -113,8 +113,7 @@ def default_trials(backbone):
     list of dict
         Options of `TuneConfig`.
     """
-    rate = getattr(backbone, "lr", None) or TuneConfig().lr
-    rates = (rate, rate / RATE_STEP, rate * RATE_STEP)
+    rates = (backbone.lr, backbone.lr / RATE_STEP, backbone.lr * RATE_STEP)
     return [dict(lr=float(f"{each:.2g}")) for each in rates]
 
 # %% ../nbs/api/18a_comparison.ipynb #cmp00017

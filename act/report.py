@@ -353,7 +353,8 @@ def _trials_text(family, trials):
     if isinstance(trials, dict):
         text = _method_trials_text(trials)
     else:
-        text = f"among the same {len(trials)} trials ({_options_text(trials)})"
+        noun = "trial" if len(trials) == 1 else "trials"
+        text = f"among the same {len(trials)} {noun} ({_options_text(trials)})"
     if not family:
         return text
     if family == OTHERS:
