@@ -369,7 +369,7 @@ def test_sets_of_labels_leave_their_jackknife(vanilla):
     """It is the mAP of scikit-learn on the clips that are left."""
     store, of_single_labels = vanilla
     assert of_single_labels["jackknife"] is None
-    record = execute(Run("words-mix-8", "speech-embedding", "vanilla", 0, dict(SMALL, lr=1e-3)), store)
+    record = execute(Run("words-mix-8", "log-mel", "vanilla", 0, dict(SMALL, lr=1e-3)), store)
     assert record["groups"] is None and set(record["jackknife"]) == {"linear", "knn", "head"}
     blocks = clip_blocks(None, record["clips"]["test"])
     for probe, without in record["jackknife"].items():
