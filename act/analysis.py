@@ -6,9 +6,9 @@
 __all__ = ['CONFIDENCE', 'PROBES', 'PROBE_NAMES', 'HEAD', 'PAIRED_COLUMNS', 'SEPARATION', 'GLOBAL', 'LOCAL', 'POWER',
            'ROW_COLUMNS', 'CEILING', 'READS', 'FEWEST_RUNS', 'MATRIX_COLUMNS', 'NO_BASELINES', 'AnalysisError',
            'mean_interval', 'long_table', 'option_texts', 'not_measured', 'chosen_table', 'geometry_table',
-           'paired_table', 'geometry_pairs', 'difference', 'class_gains', 'slope', 'Correlation', 'rank_correlation',
-           'recorded', 'derived_tables', 'side_of_zero', 'MeanEffect', 'mean_effect', 'holm_sides', 'judge',
-           'completed_rows', 'claim_rows', 'class_slopes', 'probe_geometry', 'claims']
+           'paired_table', 'jackknife_error', 'geometry_pairs', 'difference', 'class_gains', 'slope', 'Correlation',
+           'rank_correlation', 'recorded', 'derived_tables', 'side_of_zero', 'MeanEffect', 'mean_effect', 'holm_sides',
+           'judge', 'completed_rows', 'claim_rows', 'class_slopes', 'probe_geometry', 'claims']
 
 # %% ../nbs/api/16a_analysis.ipynb #ana00003
 import json
@@ -22,9 +22,9 @@ import pandas as pd
 from scipy import stats
 
 from .core import ActError, full_path, import_extra
-from .metrics import Effect, add_errors, over_folds, paired_bootstrap
+from .metrics import Effect, add_errors, effective_groups, over_folds, paired_bootstrap
 from .paper import CLAIMS, FIGURE_2, TABLE_2, TABLE_3, Claim, SavedTable, register_claim, saved_tables
-from .study import read_record
+from .study import clip_blocks, read_record
 
 # %% ../nbs/api/16a_analysis.ipynb #ana00005
 class AnalysisError(ActError):
@@ -421,7 +421,7 @@ def _over_clips(pair, probe, groups):
     truth = np.concatenate([fold[0]["truth"] for fold in pair.a])
     metric = pair.a[0][0]["metric"]
     if len(pair.a) > 1:
-        metric = over_folds(metric, _fold_of_clip(pair))
+        metric = over_folds(metric, _fold_of_clip(pair, "truth"))
     if groups is None:
         groups = np.arange(len(truth))
     compared = paired_bootstrap(
@@ -443,9 +443,9 @@ def _predictions(folds, probe):
     ]
 
 
-def _fold_of_clip(pair):
-    "The number of the fold of each clip (N,)."
-    sizes = [len(fold[0]["truth"]) for fold in pair.a]
+def _fold_of_clip(pair, field):
+    "The number of the fold of each clip (N,), of which the records hold a field."
+    sizes = [len(fold[0][field]) for fold in pair.a]
     return np.repeat(np.arange(len(sizes)), sizes)
 
 # %% ../nbs/api/16a_analysis.ipynb #ana00086
@@ -454,20 +454,86 @@ def _groups_of_clips(pair):
     if not all(r.get("groups") for r in pair.records()):
         return None
     groups = np.concatenate([fold[0]["groups"] for fold in pair.a])
-    named = np.stack([_fold_of_clip(pair), groups], axis=1)
+    named = np.stack([_fold_of_clip(pair, "groups"), groups], axis=1)
     _, ids = np.unique(named, axis=0, return_inverse=True)
     ids = ids.ravel()
     return ids if ids.max() else None
 
+# %% ../nbs/api/16a_analysis.ipynb #ana00501
+def jackknife_error(without):
+    """The standard error of a statistic from its values without each group.
+
+    Parameters
+    ----------
+    without : sequence of float (G,)
+        The statistic without group 0, 1, ....
+
+    Returns
+    -------
+    float
+
+    Raises
+    ------
+    AnalysisError
+        If there are fewer than two groups.
+
+    References
+    ----------
+    Efron & Stein, "The jackknife estimate of variance", Annals of Statistics 9, 1981.
+    """
+    without = np.asarray(without, float)
+    groups = len(without)
+    if groups < 2:
+        raise AnalysisError(f"a jackknife needs at least two groups; got {groups}")
+    return float(np.sqrt((groups - 1) * without.var()))
+
+# %% ../nbs/api/16a_analysis.ipynb #ana00504
+def _over_blocks(pair, probe, groups):
+    "Compare the scores of a probe without each block of clips, as an effect; `groups` (N,) or None."
+    (differences,) = pair.differences(partial(_score, split="test", probe=probe))        # (seeds,)
+    blocks = clip_blocks(groups, pair.a[0][0]["clips"]["test"])
+    (without,) = pair.differences(partial(_without_blocks, probe=probe, blocks=blocks))  # (seeds, G)
+    parts = [(jackknife_error(without.mean(0)), effective_groups(blocks) - 1)]
+    of_seeds = _over_replicates(differences[None])
+    if len(differences) > 1:
+        parts.append((of_seeds.error, of_seeds.df))
+    return add_errors(of_seeds.value, *parts)
+
+
+def _without_blocks(record, probe, blocks):
+    "The scores of a record without each of some blocks of its test clips (N,): a list (G,)."
+    without = record["jackknife"][probe]
+    expected = len(set(blocks))
+    if len(without) != expected:
+        problem = f"its jackknife holds {len(without)} scores for {expected} blocks of test clips"
+        raise AnalysisError(f"record {record.get('key')}: {problem}; delete it to run it again")
+    return without
+
+
+def _have_jackknife(pair):
+    "Whether all records hold the scores without each block of the same clips, in a single fold."
+    records = pair.records()
+    if len(pair.a) > 1 or not all(r.get("jackknife") for r in records):
+        return False
+    first = _test_side(records[0])
+    return all(_test_side(r) == first for r in records)
+
+
+def _test_side(record):
+    "What two records have in common if their test clips are the same."
+    return record.get("task_digest"), record["clips"]["test"], record.get("groups")
+
 # %% ../nbs/api/16a_analysis.ipynb #ana00021
 def _score_difference(pair, probe):
     "The columns of a paired table that follow from the records of two methods."
-    if not _have_predictions(pair):
+    jackknifed = _have_jackknife(pair)
+    if not jackknifed and not _have_predictions(pair):
         differences = pair.differences(partial(_score, split="test", probe=probe))
         return _difference_row(_over_replicates(differences), pair, _replicate_kind(pair))
 
     groups = _groups_of_clips(pair)
-    effect = _over_clips(pair, probe, groups)
+    compare = _over_blocks if jackknifed else _over_clips
+    effect = compare(pair, probe, groups)
     over = "clips" if groups is None else "groups"
     if len(pair.a[0]) > 1:
         over += " and seeds"

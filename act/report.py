@@ -314,9 +314,11 @@ CHOSEN_PROTOCOL = (
 PAIRED_PROTOCOL = (
     "Difference of the test score in points, mean over replicates (seeds, or folds times seeds), both methods "
     "on the same clips. Interval (95 %) and two-sided p, not adjusted for the number of comparisons: Student's "
-    "t, whose variance is the sum of that over test clips (bootstrap, 1000 resamples) and that over seeds. "
+    "t, whose variance is the sum of that over test clips (bootstrap, 1000 resamples; of sets of labels the "
+    "jackknife that leaves out one group at a time) and that over seeds. "
     "The last column says what varies: whole groups of clips (speaker, source, track) where the records hold "
-    "groups, single clips where they do not; seeds or folds alone where they hold no predictions.")
+    "groups, single clips where they do not; seeds or folds alone where they hold neither predictions nor a "
+    "jackknife.")
 
 # %% ../nbs/api/17_report.ipynb #rep00024
 def protocol(trials, seeds):

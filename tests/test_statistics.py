@@ -8,9 +8,10 @@ from scipy import stats
 
 from act.analysis import (AnalysisError, class_slopes, claims, completed_rows, judge, long_table, mean_effect, paired_table,
                           probe_geometry, rank_correlation)
-from act.metrics import ProbeError, bootstrap_interval, effective_groups, over_folds, paired_bootstrap
+from act.metrics import METRICS, ProbeError, bootstrap_interval, effective_groups, over_folds, paired_bootstrap
 from act.paper import TABLE_2
 from act.report import claims_text, matrix_text, paired_text, verdict_sentences, verdicts_text, wide_table
+from act.study import clip_blocks, jackknife
 
 # statsmodels collects garbage in every correction, which takes longer than everything else in a simulation
 pytestmark = pytest.mark.usefixtures("no_collection")
@@ -242,6 +243,100 @@ def test_the_own_classifier_has_a_column_where_records_hold_its_score():
     assert long.probe.tolist() == ["linear", "knn", "linear", "knn", "head"] and long["mean"].tolist()[-1] == .9
     assert wide_table(long)[("vanilla", "head")].tolist() == ["90.0 ± 0.0"]
 
+
+# ---------------------------------------------------------------- sets of labels
+
+PROBES = "linear", "knn"
+
+
+def ranked_clips(rng, groups, gain=0., labels=4, seeds=1):
+    """Multi-hot rows and the scores of two methods by seed; groups differ in difficulty and in which method they suit."""
+    n = groups.max() + 1
+    y = rng.random((len(groups), labels)) < .3
+    clips = y + rng.normal(size=y.shape) + .3 * rng.normal(size=(n, labels))[groups]
+    suits = .25 * rng.normal(size=(n, labels))[groups]
+    noise = .5 * rng.normal(size=(2, seeds, *y.shape))
+    return y, clips + (gain + suits) * y + noise[0], clips - (gain + suits) * y + noise[1]
+
+
+def multi_label_record(y, scores, groups, seed=0, **more):
+    """A record that holds the jackknife in place of predictions."""
+    known = None if groups is None else groups.tolist()
+    without = jackknife("mAP", y, dict(both=scores), clip_blocks(known, len(y)))
+    return record(30, seed, metric="mAP", clips=dict(test=len(y)), groups=known, truth=None, predictions=None,
+                  scores=dict(test=dict.fromkeys(PROBES, dict(mAP=METRICS["mAP"](y, scores)))),
+                  jackknife=dict.fromkeys(PROBES, without["both"])) | more
+
+
+def jackknifed(y, a, b, groups):
+    """The row of the linear probe."""
+    runs = [[multi_label_record(y, scores, groups, seed) for seed, scores in enumerate(each)] for each in (a, b)]
+    return paired_table(compared(contrastive=runs[0], vanilla=runs[1]), "contrastive").iloc[0]
+
+
+@pytest.mark.parametrize("sizes", [np.full(60, 8), np.full(400, 2), np.full(700, 1)], ids=["60 groups", "400 groups", "clips"])
+def test_the_jackknife_of_a_difference_agrees_with_the_bootstrap(sizes):
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    for seed in range(3):
+        y, a, b = ranked_clips(np.random.default_rng(seed), groups, gain=.1, labels=5)
+        row = jackknifed(y, a, b, None if sizes[0] == 1 else groups)
+        found = paired_bootstrap("mAP", y, a, b, 400, groups=groups)
+        assert row.difference == pytest.approx(found.difference, abs=1e-4)
+        assert row.error == pytest.approx(found.error, rel=.15)
+    assert row.df == pytest.approx(min(len(sizes), 100) - 1) and row.over == ("clips" if sizes[0] == 1 else "groups")
+
+
+@pytest.mark.parametrize("sizes,seeds", [(np.full(20, 10), 1), (SIZES, 1), (SIZES, 2)], ids=["alike", "unequal", "two seeds"])
+def test_the_interval_of_the_jackknife_covers(sizes, seeds):
+    """No method is better, but groups suit one or the other. What seeds do to single clips counts twice, so two seeds cover more."""
+    rng = np.random.default_rng(4)
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    found = [jackknifed(*ranked_clips(rng, groups, seeds=seeds), groups) for _ in range(250)]
+    covered = 100 * np.mean([row.low <= 0 <= row.high for row in found])
+    assert 92 <= covered <= (97.5 if seeds == 1 else 100)
+
+
+def test_the_variances_of_groups_and_seeds_are_added():
+    rng = np.random.default_rng(5)
+    groups = np.repeat(np.arange(30), 8)
+    y, a, b = ranked_clips(rng, groups, seeds=3)
+    row = jackknifed(y, a, b, groups)
+    by_seed = [METRICS["mAP"](y, x) - METRICS["mAP"](y, z) for x, z in zip(a, b)]
+    without = [[METRICS["mAP"](y[groups != g], x[groups != g]) - METRICS["mAP"](y[groups != g], z[groups != g])
+                for g in range(30)] for x, z in zip(a, b)]
+    of_groups = 29 / 30 * ((np.mean(without, 0) - np.mean(without)) ** 2).sum()
+    of_seeds = stats.sem(by_seed) ** 2
+    assert row.error == pytest.approx((of_groups + of_seeds) ** .5, abs=2e-6)
+    assert row.df == pytest.approx((of_groups + of_seeds) ** 2 / (of_groups ** 2 / 29 + of_seeds ** 2 / 2), abs=.02)
+    assert (row.groups, row.over, row.replicates) == (30, "groups and seeds", 3)
+
+
+def test_records_without_a_jackknife_are_compared_as_before():
+    """Of both records, of the same clips, in one fold: else the differences rest on what they rested on."""
+    groups = np.repeat(np.arange(20), 5)
+    y, a, b = ranked_clips(np.random.default_rng(6), groups, seeds=2)
+    new, old = ([multi_label_record(y, scores, groups, seed) for seed, scores in enumerate(each)] for each in (a, b))
+    def over(a, b): return paired_table(compared(contrastive=a, vanilla=b), "contrastive").over[0]
+    assert over(new, old) == "groups and seeds"
+    assert over(new, [r | dict(jackknife=None) for r in old]) == "seeds"
+    assert over(new, [{k: v for k, v in r.items() if k != "jackknife"} for r in old]) == "seeds"
+    assert over(new, [r | dict(groups=None) for r in old]) == "seeds"
+    in_folds = [[r | dict(run=dict(r["run"], task=f"t@{fold}")) for fold in range(2) for r in each] for each in (new, old)]
+    assert over(*in_folds) == "folds"
+    single = [record(30), record(28)]
+    assert paired_table(compared(contrastive=single[:1], vanilla=single[1:]), "contrastive").equals(
+        paired_table(compared(contrastive=[single[0] | dict(jackknife=None)], vanilla=single[1:]), "contrastive"))
+
+
+def test_a_jackknife_that_does_not_fit_its_clips_is_refused():
+    groups = np.repeat(np.arange(20), 5)
+    y, a, b = ranked_clips(np.random.default_rng(7), groups)
+    damaged = multi_label_record(y, a[0], groups, key="abc", jackknife=dict.fromkeys(PROBES, [.5] * 19))
+    with pytest.raises(AnalysisError, match="record abc: its jackknife holds 19 scores for 20 blocks"):
+        paired_table(compared(contrastive=[damaged], vanilla=[multi_label_record(y, b[0], groups)]), "contrastive")
+
+
+# ---------------------------------------------------------------- class counts and geometry
 
 def class_counts(gains, draws=1, worse=".5 .6"):
     """A long table whose gain over vanilla is given for 10, 20, 40, ... classes."""

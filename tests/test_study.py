@@ -10,12 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from sklearn.metrics import average_precision_score
 
 from act import study
 from act.core import cache_dir
 from act.manifest import weight_file
-from act.study import Run, Store, StudyError, execute, execute_all
+from act.study import Run, Store, StudyError, clip_blocks, execute, execute_all
 from act.tasks import load_task
 
 WEIGHTS = "speech-embedding"
@@ -361,6 +363,22 @@ def test_the_test_frame_shows_the_classifier(vanilla):
     store, record = vanilla
     frame = store.frame().set_index("method")
     assert frame.loc["vanilla", "test_head"] == record["head"]["test"]["accuracy"]
+
+
+def test_sets_of_labels_leave_their_jackknife(vanilla):
+    """It is the mAP of scikit-learn on the clips that are left."""
+    store, of_single_labels = vanilla
+    assert of_single_labels["jackknife"] is None
+    record = execute(Run("words-mix-8", "log-mel", "vanilla", 0, dict(SMALL, lr=1e-3)), store)
+    assert record["groups"] is None and set(record["jackknife"]) == {"linear", "knn", "head"}
+    blocks = clip_blocks(None, record["clips"]["test"])
+    for probe, without in record["jackknife"].items():
+        assert len(without) == len(set(blocks)) == 100
+        truth, ranks = np.array(record["truth"]), np.array(record["predictions"][probe])
+        for block in (0, 57, 99):
+            left = blocks != block
+            assert without[block] == pytest.approx(average_precision_score(truth[left], ranks[left]), abs=1e-6)
+    assert len(json.dumps(record["jackknife"])) < 5000
 
 
 def peaked(peaks, done):
