@@ -872,7 +872,7 @@ def _difference_draws(by_clips, seed):
     seed_counts = rng.multinomial(seeds, equal_chance, n_resamples).T            # (S, n_resamples)
     return (by_clips * seed_counts).sum(0) / seeds
 
-# %% ../nbs/api/10_metrics.ipynb #met00061
+# %% ../nbs/api/10_metrics.ipynb #met50001
 def _over_groups(by_seed, by_groups, ids, level):
     """The comparison of two methods over seeds (S,) and resamples of groups (S, R)."""
     parts = [_group_error(by_groups.mean(0), ids)]

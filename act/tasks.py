@@ -2397,13 +2397,13 @@ def csv_task(
     )
     return _task_of(listing, sides, licence)
 
-# %% ../nbs/api/03_tasks.ipynb #tas00201
+# %% ../nbs/api/03_tasks.ipynb #tas50001
 from collections.abc import Mapping
 
 from act.audio import MAX_RATE, MIN_RATE, ArrayClip, ItemClip, RowClip, as_waveform
 from act.core import import_extra
 
-# %% ../nbs/api/03_tasks.ipynb #tas00203
+# %% ../nbs/api/03_tasks.ipynb #tas50003
 def _plain_list(values):
     """The entries of a tensor, an array or a column, or of a list of these, as Python objects."""
     if hasattr(values, "tolist"):
@@ -2423,7 +2423,7 @@ def _is_missing(label):
         return True
     return isinstance(label, (int, float)) and label < 0
 
-# %% ../nbs/api/03_tasks.ipynb #tas00204
+# %% ../nbs/api/03_tasks.ipynb #tas50004
 def _is_row(label):
     """Whether a label is a list of labels."""
     return isinstance(label, (list, tuple, set))
@@ -2448,7 +2448,7 @@ def _names_of_labels(labels, classes=None):
         return _names_of_names(labels), classes
     return _names_of_ids(labels, classes)
 
-# %% ../nbs/api/03_tasks.ipynb #tas00205
+# %% ../nbs/api/03_tasks.ipynb #tas50005
 def _names_of_names(labels):
     """Names in one spelling, "" for missing ones."""
     names = []
@@ -2462,7 +2462,7 @@ def _names_of_names(labels):
             raise TaskError(f"row {i} has the label {label!r} beside names: {remedy}")
     return names
 
-# %% ../nbs/api/03_tasks.ipynb #tas00206
+# %% ../nbs/api/03_tasks.ipynb #tas50006
 def _names_of_ids(labels, classes):
     """The names of class ids, which are the ids themselves where there are no classes; and the classes."""
     ids = [-1 if _is_missing(label) else label for label in labels]
@@ -2481,7 +2481,7 @@ def _names_of_ids(labels, classes):
         raise TaskError(f"class ids {beyond[:MAX_LISTED]} are beyond the {len(classes)} classes")
     return [name_of.get(i, "") for i in ids], classes
 
-# %% ../nbs/api/03_tasks.ipynb #tas00207
+# %% ../nbs/api/03_tasks.ipynb #tas50007
 def _names_of_rows(labels, classes):
     """The names in each row of names or of 0 and 1; and the classes."""
     rows = []
@@ -2515,7 +2515,7 @@ def _names_of_hot(rows, classes):
         named.append(row if row == "" else [name for name, on in zip(classes, row) if on])
     return named, classes
 
-# %% ../nbs/api/03_tasks.ipynb #tas00211
+# %% ../nbs/api/03_tasks.ipynb #tas50010
 def _check_rate(sample_rate):
     """The sampling rate as an int; refuse what is no whole number of Hz that a recording may have."""
     try:
@@ -2534,7 +2534,7 @@ def _check_counts(n, **parts):
         if values is not None and len(values) != n:
             raise TaskError(f"{_counted(n, 'clip')} but {len(values)} {part}")
 
-# %% ../nbs/api/03_tasks.ipynb #tas00212
+# %% ../nbs/api/03_tasks.ipynb #tas50011
 def _check_known(labels, classes):
     """Refuse names that are none of the classes, if these are given."""
     if classes is None:
@@ -2557,7 +2557,7 @@ def _sides_in(values):
     """The sides that a list of names means; "" for missing ones."""
     return ["" if _is_missing(value) else _side(str(value)) for value in values]
 
-# %% ../nbs/api/03_tasks.ipynb #tas00213
+# %% ../nbs/api/03_tasks.ipynb #tas50012
 def _array_listing(name, waveforms, labels, sample_rate, classes, groups, split):
     """The listing of waveforms in memory."""
     sample_rate = _check_rate(sample_rate)

@@ -673,6 +673,7 @@ def test_embeddings_of_files_and_of_a_labelled_folder(model, tones, run, tmp_pat
     assert set(parts["train"][1]) == {"cat", "dog"} and run("probe", out)[0] == 0
 
 
+@pytest.mark.slow
 def test_several_labels_and_groups_are_kept(run, tmp_path):
     assert run("embed", "log-mel", "words-mix-4", "--out", tmp_path / "z.npz")[0] == 0
     saved = np.load(tmp_path / "z.npz")

@@ -303,7 +303,6 @@ REFUSED = [         # given, and what the error says
     (dict(table_2=dict(tasks=[1])), r"table_2.tasks\[0\]: 1 is not a text"),
     (dict(table_3=dict(methods=False)), "table_3.methods: False is not a text"),
     (trial(lr="fast"), r"table_2.trials\[0\].lr: 'fast' is not a number"),
-    (trial(lr=None), "lr: None is not a number"),
     (trial(lr=[.1, .2]), r"lr: \[0.1, 0.2\] is not a number"),
     (trial(lr=float("nan")), "lr: nan is not a number"),
     (trial(lr=-1), r"table_2.trials\[0\]: lr=-1"),

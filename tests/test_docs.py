@@ -179,7 +179,7 @@ def test_changed_code_puts_outputs_out_of_date(tmp_path, monkeypatch):
 
 # --- the guides ---------------------------------------------------------------------------------------------------------
 
-LONG = "multi_label", "read_the_geometry", "classify_your_own", "does_it_help", "index"                              # more than ten seconds of tuning
+LONG = "multi_label", "read_the_geometry", "classify_your_own", "does_it_help", "index", "add_a_backbone", "scale_out"                              # more than ten seconds of tuning
 
 
 @pytest.mark.parametrize("guide", [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in LONG else []) for p in [*GUIDES, REPO / "nbs" / "index.ipynb"]])

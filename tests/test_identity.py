@@ -479,6 +479,7 @@ def printed(command, **env):
     return [line for line in done.stdout.splitlines() if line.startswith(("done", "failed"))]
 
 
+@pytest.mark.slow
 def test_own_parts_work_with_two_processes(script, tmp_path):
     lines = printed([sys.executable, script, tmp_path / "jobs"])
     assert lines[:3] == lines[3:]
