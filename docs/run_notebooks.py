@@ -13,10 +13,12 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from execnb.nbio import read_nb, write_nb
 from execnb.shell import CaptureShell
+from joblib import cpu_count
 from nbdev.clean import clean_nb
 from nbdev.config import get_config
 from nbdev.frontmatter import FrontmatterProc
@@ -125,24 +127,29 @@ def stale(path, outputs):
     return list(difflib.unified_diff(*lines, f"{path.name} on disk", f"{path.name} today", lineterm="", n=1))
 
 
-def run_one(path, check):
-    """Run one notebook; whether its outputs on disk are of today."""
+def run_one(path, check, stamped=True):
+    """Run one notebook; whether its outputs on disk are of today. Several at once are stamped by the process that began them."""
     os.environ["IN_TEST"], outputs = "1", execute(path)
     difference = stale(path, outputs) if check else []
     print("\n".join(difference[:40]), end="\n" if difference else "")
     if not check:
         write_nb(_with_outputs(path, outputs), path)
-        _remember(path)
+        if stamped: _remember(path)
     print(f"{'checked' if check else 'executed'} {path.relative_to(REPO)}", flush=True)
     return not difference
 
 
-def main(paths, check):
-    """Run them one by one, each in a process of its own, as pages change torch's defaults and the environment; returns the exit status."""
+def main(paths, check, stamped):
+    """Run them, each in a process of its own, as pages change torch's defaults and the environment; returns the exit status."""
     os.environ["OMP_NUM_THREADS"] = "1"                                               # sums in one order, however many cores there are
-    if len(paths) == 1: return not run_one(paths[0], check)
-    command = [sys.executable, __file__] + ["--check"] * check
-    failed = [p.name for p in paths if subprocess.run([*command, p]).returncode]
+    if len(paths) == 1: return not run_one(paths[0], check, stamped)
+    command = [sys.executable, __file__, "--unstamped"] + ["--check"] * check
+    with ThreadPoolExecutor(cpu_count()) as pool:
+        statuses = pool.map(lambda path: subprocess.run([*command, path]).returncode, paths)
+        failed = []
+        for path, status in zip(paths, statuses):
+            if status: failed.append(path.name)
+            elif not check: _remember(path)
     if failed: print(f"failed or out of date: {', '.join(failed)}; run `make notebooks`")
     return bool(failed)
 
@@ -151,6 +158,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("notebooks", nargs="*", type=Path, help="the library's, the guides and the front page by default")
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--unstamped", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     chosen = [p.resolve() for p in options.notebooks] or shown_notebooks()
-    sys.exit(main(chosen, options.check))
+    sys.exit(main(chosen, options.check, not options.unstamped))
