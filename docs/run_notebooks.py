@@ -80,9 +80,12 @@ def _skipped(flags):
 def execute(path):
     """{cell id: outputs} of a notebook run afresh; raises what its code raises."""
     notebook = NBProcessor(path.resolve(), procs=FrontmatterProc, process=True).nb
+    skipped = _skipped(set(get_config().tst_flags.split()))
+    for cell in notebook.cells:
+        if not skipped(cell): cell["outputs"] = []                                    # one that prints nothing keeps nothing
     shell = CaptureShell(path)
     with contextlib.chdir(path.parent) if hasattr(contextlib, "chdir") else _chdir(path.parent):
-        shell.run_all(notebook, exc_stop=True, preproc=_skipped(set(get_config().tst_flags.split())))
+        shell.run_all(notebook, exc_stop=True, preproc=skipped)
     return {c.id: lasting(c.outputs) for c in notebook.cells if c.cell_type == "code" and "outputs" in c}
 
 

@@ -152,6 +152,14 @@ def test_changed_output_is_stale(tmp_path):
     assert "+2" in stale(path, {"one": [dict(output_type="stream", name="stdout", text="2\n")]})
 
 
+def test_a_cell_that_prints_nothing_any_more_loses_its_output(tmp_path):
+    from run_notebooks import execute
+    cell = dict(cell_type="code", id="one", metadata={}, execution_count=None, source="a = 1", outputs=[dict(output_type="stream", name="stdout", text="1\n")])
+    path = tmp_path / "n.ipynb"
+    path.write_text(json.dumps(dict(cells=[cell], metadata={}, nbformat=4, nbformat_minor=5)))
+    assert execute(path) == {"one": []}
+
+
 def test_outputs_were_made_by_the_code_of_today():
     from run_notebooks import out_of_date
     assert not (old := out_of_date()), f"run `make notebooks`: {', '.join(old)}"
