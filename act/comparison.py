@@ -138,14 +138,16 @@ def draw_folds(task, k, seed=0):
     Raises
     ------
     ComparisonError
-        If k is below 3.
-    TaskError
-        If there are fewer groups than folds.
+        If k is below 3 or above the number of groups.
     """
     if k != int(k) or k < FEWEST_FOLDS:
         rule = f"give a whole number from {FEWEST_FOLDS} up, or none for the task's split"
         raise ComparisonError(f"folds={k}: {rule}")
     k = int(k)
+    groups = len(task) if task.groups is None else len(set(task.groups))
+    if k > groups:
+        parts = "clips" if task.groups is None else "groups of clips"
+        raise ComparisonError(f"folds={k}: {task.name} has {groups} {parts}; give at most so many folds")
     shares = {str(i): 1 / k for i in range(k)}
     part = split_groups(task.labels, task.groups, shares, seed)
     folds = []
@@ -655,7 +657,7 @@ def _save_classifier(request, record, result, progress):
 
 # %% ../nbs/api/18a_comparison.ipynb #cmp00054
 def _geometry(comparisons):
-    """Measures of geometry of every encoder, long and as printed."""
+    """A table of the geometry of every encoder; none where no two test clips share a label."""
     long = []
     wide = {}
     for (_, backbone), records in comparisons.items():
@@ -663,7 +665,10 @@ def _geometry(comparisons):
         if len(table):
             long.append(table.assign(backbone=backbone))
             wide[backbone] = geometry_text(table)
-    return pd.concat(long), pd.concat(wide, names=["backbone", "measure"])
+    if not long:
+        return []
+    printed = pd.concat(wide, names=["backbone", "measure"])
+    return [("geometry", "Geometry of the test clips", pd.concat(long), printed, "")]
 
 
 def _tables(result):
@@ -678,7 +683,7 @@ def _tables(result):
         ("scores", "Scores", scores, _printed_scores(scores), caption),
         ("paired", "Differences", paired, paired_text(paired), PAIRED_PROTOCOL),
         ("chosen", "What was chosen", chosen, chosen, ""),
-        ("geometry", "Geometry of the test clips", *_geometry(result.comparisons), ""),
+        *_geometry(result.comparisons),
     ]
 
 # %% ../nbs/api/18a_comparison.ipynb #cmp00055

@@ -600,20 +600,21 @@ def _drawn(indices, seed):
 
 
 def _geometry(z, labels):
-    """Measures of geometry, and the purity of neighbourhoods by their size."""
+    """Measures of geometry, and the purity of neighbourhoods by their size; empty if no two clips share a label."""
     z = torch.from_numpy(z)
-    measures = geometry(z, labels).round(6)
-    neighbours = purity(z, labels).round(6)
+    try:
+        measures = geometry(z, labels).round(6)
+        neighbours = purity(z, labels).round(6)
+    except GeometryError:
+        return dict(measures={}, purity={})
     return dict(measures=measures.to_dict(), purity=neighbours.to_dict())
 
 # %% ../nbs/api/15_study.ipynb #stu00424
 def _training_geometry(z, task, seed):
     """`_geometry` of training clips, of an embedding (N, D) of all clips; None where it is not defined."""
     drawn = _drawn(task.indices("train"), seed)
-    try:
-        return _geometry(z[drawn], task.labels[drawn])
-    except GeometryError:
-        return None
+    measured = _geometry(z[drawn], task.labels[drawn])
+    return measured if measured["measures"] else None
 
 # %% ../nbs/api/15_study.ipynb #stu00022
 def _probed(z, task, rows):

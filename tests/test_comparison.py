@@ -88,6 +88,17 @@ def test_the_report_and_the_classifier(in_folds, pets):
     assert classifier.predict(pets / "cat" / "00.wav") in classifier.classes
 
 
+def test_six_recordings_of_a_class_suffice(tmp_path):
+    """One test clip of each class: no two of them share a label, so their geometry is not defined."""
+    for name, hz in dict(cat=900, dog=300).items():
+        for i in range(6): tone(tmp_path / "few" / name / f"{i}.wav", hz + 5 * i, i)
+    result = compare_on(folder_task(tmp_path / "few"), ENCODER, **QUICK, seeds=1, out=tmp_path / "out")
+    records, = result.comparisons.values()
+    assert records["contrastive"][0]["geometry"] == dict(measures={}, purity={})
+    assert len(result.scores) == 4 and (tmp_path / "out" / "model").is_dir()
+    assert "Geometry" not in (tmp_path / "out" / "index.html").read_text()
+
+
 def test_several_labels_in_folds(tmp_path):
     rows = ["file,labels"]
     for i in range(24):
@@ -156,7 +167,7 @@ def test_a_verdict_for_every_side_of_zero():
     (dict(methods=["frozen", "contrastve"]), "no method 'contrastve'"),
     (dict(methods=["frozen", "lp-ft bce"]), "methods: lp-ft bce does not fit a task with one label per clip"),
     (dict(folds=2), "folds=2: give a whole number from 3 up"),
-    (dict(folds=100), "cannot fill 100 sides"),
+    (dict(folds=100), "folds=100: pets has 24 clips; give at most so many"),
     (dict(seeds=1.5), "seeds=1.5"),
     (dict(budget=0), "minutes above 0"),
     (dict(backbones="no-such"), "no-such"),
