@@ -212,18 +212,17 @@ def main():
             ways.pop(way, None)
             missing[way] = "left out"
     records = []
+    header = f"{'record':24}{'ours':>8}{'peer':>9}{'ratio':>8}  peer ({o.backbone}, {o.draws} draws)"
     with tqdm(total=len(o.tasks) * o.draws * len(ways), ncols=80, desc="draws") as bar:
         for task in o.tasks:
             found = measure(task, ways, o, bar)
-            for peer in (PEER, REGRESSION):
-                for what in UNITS:
-                    records.append(record(task, what, found, peer, missing.get(peer, ""), o))
-    print(f"{'record':24}{'ours':>8}{'peer':>9}{'ratio':>8}  peer ({o.backbone}, {o.draws} draws)")
-    for r in records:
-        print(printed(r))
-    if o.json:
-        with open(o.json, "w", encoding="utf-8") as file:
-            json.dump(records, file, indent=1)
+            of_task = [record(task, what, found, peer, missing.get(peer, ""), o)
+                       for peer in (PEER, REGRESSION) for what in UNITS]
+            tqdm.write("\n".join([header, *map(printed, of_task)]))
+            records += of_task
+            if o.json:                                      # after each task: one takes long
+                with open(o.json, "w", encoding="utf-8") as file:
+                    json.dump(records, file, indent=1)
 
 
 if __name__ == "__main__":
