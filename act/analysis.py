@@ -143,7 +143,7 @@ def _is_done(record):
     "Whether a run ended without an error."
     return record["status"] == "done"
 
-
+# %% ../nbs/api/16a_analysis.ipynb #ana00009a1
 def _readers(records):
     "The probes, and the head if all records hold its score."
     done = [r for r in records if _is_done(r)]
@@ -393,7 +393,7 @@ def _listed(folds):
     "Names of folds as text."
     return ", ".join(map(str, folds))
 
-
+# %% ../nbs/api/16a_analysis.ipynb #ana00083a1
 def _same_seeds(fold, a, b):
     "Two lists of records of the same length; a single record is repeated."
     seeds = max(len(a), len(b))
@@ -499,7 +499,7 @@ def _over_blocks(pair, probe, groups):
         parts.append((of_seeds.error, of_seeds.df))
     return add_errors(of_seeds.value, *parts)
 
-
+# %% ../nbs/api/16a_analysis.ipynb #ana00504a1
 def _without_blocks(record, probe, blocks):
     "The scores of a record without each of some blocks of its test clips (N,): a list (G,)."
     without = record["jackknife"][probe]
@@ -518,7 +518,7 @@ def _have_jackknife(pair):
     first = _test_side(records[0])
     return all(_test_side(r) == first for r in records)
 
-
+# %% ../nbs/api/16a_analysis.ipynb #ana00504b1
 def _test_side(record):
     "What two records have in common if their test clips are the same."
     return record.get("task_digest"), record["clips"]["test"], record.get("groups")
@@ -540,7 +540,7 @@ def _score_difference(pair, probe):
     count = 0 if groups is None else len(set(groups))
     return _difference_row(effect, pair, over, count)
 
-
+# %% ../nbs/api/16a_analysis.ipynb #ana00021a1
 def _have_predictions(pair):
     "Whether all records hold what the probes predicted, those of a fold for the same clips."
     for fold_a, fold_b in zip(pair.a, pair.b):
@@ -778,7 +778,7 @@ def _effective_count(x, y, groups):
     alike = _within_group_correlation(x, groups) * _within_group_correlation(y, groups)
     return len(x) / (1 + (typical - 1) * alike)
 
-
+# %% ../nbs/api/16a_analysis.ipynb #ana00091a1
 def _within_group_correlation(x, groups):
     "Intra-class correlation by analysis of variance, between 0 and 1; 0 if the groups do not show it."
     sizes = np.bincount(groups)
@@ -1055,7 +1055,7 @@ def judge(rows):
         **counts,
     )
 
-
+# %% ../nbs/api/16a_analysis.ipynb #ana00094a1
 def _verdict(mean, above, below, open):
     "The verdict that follows from the mean effect and the numbers of corrected rows."
     if not above + below + open:
@@ -1196,7 +1196,7 @@ def _slope_row(family, points):
         df=fitted.df,
     )
 
-
+# %% ../nbs/api/16a_analysis.ipynb #ana00038a1
 def _ceiling_note(points, worse, probe):
     "Which tasks leave no room for a gain by a probe; empty if all leave some."
     full = points.task[points.worse > CEILING]
@@ -1336,7 +1336,7 @@ def _geometry_matrix(comparisons):
     tables = [probe_geometry(comparisons.get(name)) for name in (TABLE_2, TABLE_3)]
     return _joined([pd.DataFrame(columns=MATRIX_COLUMNS), *tables])
 
-
+# %% ../nbs/api/16a_analysis.ipynb #ana00069a1
 def _dual_probe_rows(comparisons, derived, prefix=""):
     "Each probe's correlation with its own side of the geometry; prefix partial_: given the other side."
     matrix = _geometry_matrix(comparisons)

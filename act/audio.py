@@ -138,7 +138,7 @@ def _head(source):
     with open(source, "rb") as f:
         return f.read(32)
 
-
+# %% ../nbs/api/02_audio.ipynb #aud00006a1
 def _known_content(source):
     """What a file is that is no recording, by its first bytes; None if these tell nothing."""
     head = _head(source)
@@ -166,7 +166,7 @@ def _unreachable(path):
         return "may not be read; change its permissions"
     return None
 
-
+# %% ../nbs/api/02_audio.ipynb #aud00006a2
 def _reason(source, error):
     """Why a recording cannot be read, and the remedy."""
     reason = None if isinstance(source, Encoded) else _unreachable(source)
@@ -223,7 +223,7 @@ def _credible(path, sample_rate):
 # %% ../nbs/api/02_audio.ipynb #aud00006m
 BLOCK = 1 << 22                       # samples (frames x channels) read at once
 
-
+# %% ../nbs/api/02_audio.ipynb #aud00006a3
 def _mono(f, frames):
     """Up to `frames` frames (all if negative) from here on, averaged over the channels."""
     step = max(1, BLOCK // f.channels)

@@ -505,7 +505,7 @@ def _company_changes(backbone, seconds):
     tolerance = max(1e-4, 8 * torch.finfo(backbone.dtype).eps)
     return not largest <= tolerance                               # also where it is not a number
 
-
+# %% ../nbs/api/06_backbones.ipynb #bac00206a1
 def _choose_batching(backbone, seconds):
     """Set `equal_lengths` of a backbone to what keeps its embeddings independent of the batch."""
     if _device_of(backbone).type == "meta" or not _company_changes(backbone, seconds):
@@ -549,7 +549,7 @@ def _unpacked(output):
                             "(B, F, D), or an object with last_hidden_state")
     return output, counts
 
-
+# %% ../nbs/api/06_backbones.ipynb #bac00208a1
 def _is_counts(value, h):
     """Whether a value is one whole number per clip of the output `h`."""
     if not isinstance(value, torch.Tensor) or not isinstance(h, torch.Tensor):
@@ -634,7 +634,7 @@ def _check_module(module):
 def _is_count(value):
     return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
 
-
+# %% ../nbs/api/06_backbones.ipynb #bac00214a1
 def _check_numbers(sample_rate, frames, min_seconds):
     """Refuse numbers that cannot describe a module."""
     if not _is_count(sample_rate):
@@ -670,7 +670,7 @@ def _tried(backbone, seconds):
             _check_values(backbone, h)
     return h.detach()
 
-
+# %% ../nbs/api/06_backbones.ipynb #bac00216a1
 def _check_values(backbone, h):
     """An embedding is finite, and some of the parameters get a gradient from it."""
     if not h.isfinite().all():
@@ -1266,7 +1266,7 @@ def encode(self: Whisper, x, lengths):
     h = h.reshape(len(x), windows * WHISPER_POSITIONS, self.dim)
     return h, whisper_vectors(lengths)
 
-
+# %% ../nbs/api/06_backbones.ipynb #bac00104a1
 @patch
 def computed_samples(self: Whisper, lengths):
     """Samples that are computed for clips of `lengths` samples, (N,) -> (N,)."""
@@ -1316,13 +1316,13 @@ class HuggingFace(LayeredBackbone):
     @property
     def blocks(self):
         """The transformer layers, wherever the model keeps them."""
-        found = {}
+        stacks = {}
         for name, module in self.model.named_modules():
             last_part = name.split(".")[-1]
             if isinstance(module, nn.ModuleList) and last_part in ("layer", "layers"):
-                found[name] = module
-        outermost = min(found, key=lambda name: name.count("."), default=None)
-        return found.get(outermost, nn.ModuleList())
+                stacks[name] = module
+        outermost = min(stacks, key=lambda name: name.count("."), default=None)
+        return stacks.get(outermost, nn.ModuleList())
 
     def hidden(self, *inputs, **options):
         """Output (B, F, D) of the chosen layer, or the mixture."""
@@ -1426,7 +1426,7 @@ def encode_padded(self: HFWaveform, x, lengths):
     counts = self.model._get_feat_extract_output_lengths(lengths)
     return h, counts.clamp(max=h.shape[1])
 
-
+# %% ../nbs/api/06_backbones.ipynb #bac00051a1
 def _convolved(samples, config):
     """Frames that the convolutions of a model make of so many samples."""
     for kernel, stride in zip(config.conv_kernel, config.conv_stride):
@@ -1523,7 +1523,7 @@ _HF = {
     "clap_audio_model": HFClap,
 }
 
-
+# %% ../nbs/api/06_backbones.ipynb #bac00052a1
 def _hf_class(model, extractor):
     """The class of backbone for a model, or None if it does not take audio."""
     kind = model.config.model_type
@@ -1569,7 +1569,7 @@ def _split_revision(identifier):
         raise BackboneError(f"hf:{identifier}: write hf:ID@REVISION, with a branch, tag or commit")
     return name, revision
 
-
+# %% ../nbs/api/06_backbones.ipynb #bac00053a1
 def _hf_parts(transformers, identifier, revision):
     """Configuration and feature extractor of a model."""
     try:

@@ -213,7 +213,7 @@ def _name_of(clip, position):
         return str(clip)
     return getattr(clip, "key", f"clip {position}")
 
-
+# %% ../nbs/api/14_classifier.ipynb #clf00018a1
 def _of_array(x, sample_rate, wanted_rate):
     """The waveform at the wanted rate of an array (T,)."""
     x = torch.as_tensor(x)
@@ -252,7 +252,7 @@ def _outcome(clip, position, sample_rate, wanted_rate):
     except (ActError, OSError) as error:
         return _named_error(error, _name_of(clip, position))
 
-
+# %% ../nbs/api/14_classifier.ipynb #clf00019a1
 def _named_error(error, name):
     """An error of one line that names a clip."""
     message = " ".join(str(error).split())
@@ -269,7 +269,7 @@ def _start(pool, clip, *settings):
         return done
     return pool.submit(_outcome, clip, *settings)
 
-
+# %% ../nbs/api/14_classifier.ipynb #clf00020a1
 def _read_ahead(clips, sample_rate, wanted_rate):
     """Clip and outcome of each clip, in order; a few are decoded ahead."""
     workers = joblib.cpu_count()
@@ -357,7 +357,7 @@ def _batch_outcomes(encoder, waveforms, names):
         outcomes += _batch_outcomes(encoder, [x], [name])
     return outcomes
 
-
+# %% ../nbs/api/14_classifier.ipynb #clf00102a1
 def _embedded_batches(encoder, clips, sample_rate, batch):
     """Lists of pairs of a clip and its embedding (D,) or error, in order."""
     outcomes = _read_ahead(clips, sample_rate, encoder.backbone.sample_rate)
@@ -416,7 +416,7 @@ class _InFile:
         seconds = count / self.sample_rate
         return read_audio(self.path, wanted_rate, start, seconds)
 
-
+# %% ../nbs/api/14_classifier.ipynb #clf00106a1
 @dataclass(frozen=True, eq=False)
 class _InMemory:
     """A waveform (T,) of which windows are taken."""
@@ -482,7 +482,7 @@ def _recording(clip, sample_rate, wanted_rate):
     samples = round(min(duration - start, seconds) * file_rate)
     return _InFile(path, file_rate, start, samples)
 
-
+# %% ../nbs/api/14_classifier.ipynb #clf00108a1
 def _windows(recording, name, seconds, hop):
     """The windows of a recording, one at a time; a shorter recording is one window."""
     size = max(1, round(seconds * recording.sample_rate))
@@ -638,7 +638,7 @@ def _task_of_files(paths, labels, groups):
     )
     return _task_of(listing, SPLITS, licence=None)
 
-
+# %% ../nbs/api/14_classifier.ipynb #clf00112a1
 def _check_counts(clips, labels, groups):
     """Require clips, and as many labels and groups."""
     if not clips:
@@ -664,7 +664,7 @@ def _task_of_clips(clips, labels, sample_rate, groups):
         raise ClassifierError("waveforms need their sample rate: give sample_rate=, such as 16000")
     return Task.from_arrays(clips, labels, sample_rate, groups=groups)
 
-
+# %% ../nbs/api/14_classifier.ipynb #clf00113a1
 def _task_to_train(data, labels, sample_rate, groups):
     """The task that was given, or that follows from what was given."""
     is_task = isinstance(data, Task)
@@ -737,7 +737,7 @@ def _known(classifier, y):
         return np.ones(len(y), dtype=bool)
     return y >= 0
 
-
+# %% ../nbs/api/14_classifier.ipynb #clf00028a1
 def _calibrated(classifier, embedded):
     """The calibration that is fitted on validation clips, with its error on test clips, if any."""
     z, y = embedded.side("valid")
@@ -771,7 +771,7 @@ def _escaped(value):
         return value.replace("|", r"\|")
     return value
 
-
+# %% ../nbs/api/14_classifier.ipynb #clf00121a1
 def _confused_pairs(counts, classes):
     """The pairs of classes that are confused most, for counts (K, K) of true and predicted classes."""
     classes = np.asarray(classes)
@@ -802,7 +802,7 @@ def _confusion(y, predicted, classes):
     frame = frame.rename_axis("true \\ predicted")
     return "Confusion matrix", _markdown(frame)
 
-
+# %% ../nbs/api/14_classifier.ipynb #clf00122a1
 def _label_scores(y, p, classes, thresholds):
     """Title and table of each label: average precision, threshold, and clips that have it."""
     rows = []
@@ -855,7 +855,7 @@ def _mistakes(classifier, embedded):
 # %% ../nbs/api/14_classifier.ipynb #clf00126
 FROZEN = "frozen"       # the method that tunes nothing
 
-
+# %% ../nbs/api/14_classifier.ipynb #clf00126a1
 def _settings_to_try(method, config):
     """The settings of each trial; None for a frozen encoder."""
     if method == FROZEN:
@@ -884,7 +884,7 @@ class _Candidate:
     config: TuneConfig | None
     score: float                # mean of both probes on validation clips
 
-
+# %% ../nbs/api/14_classifier.ipynb #clf00127a1
 def _candidate(cls, task, backbone, config, probe_settings, max_seconds, progress):
     """Tune a copy of the encoder and fit both probes."""
     given = isinstance(backbone, Backbone)
@@ -918,7 +918,7 @@ def _differing(configs):
             differing[name] = column
     return differing
 
-
+# %% ../nbs/api/14_classifier.ipynb #clf00128a1
 def _trial_table(configs, scores):
     """One row for each trial: what it differs in, and its validation score."""
     columns = {}
@@ -1126,7 +1126,7 @@ def _as_list(clips):
         raise ClassifierError("a list holds clips, not samples: make it an array, np.array(x)")
     return clips, False
 
-
+# %% ../nbs/api/14_classifier.ipynb #clf00036a1
 def _single_clip(clip):
     """A clip, and the list of it; a folder or several clips are refused."""
     clips, single = _as_list(clip)
@@ -1444,7 +1444,7 @@ def _clip_in_folder(folder, key):
     seconds = float(match["seconds"])
     return Clip(path, float(match["start"]), None if seconds == math.inf else seconds)
 
-
+# %% ../nbs/api/14_classifier.ipynb #clf00152a1
 @patch
 def _finder(self: AudioClassifier, recordings):
     """A function from the key of a training clip to the clip, or None."""
@@ -1516,7 +1516,7 @@ def _probe_tensors(classifier):
     tensors["knn.labels_"] = classifier.knn.labels_
     return {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
 
-
+# %% ../nbs/api/14_classifier.ipynb #clf00050a1
 def _settings(classifier):
     """Everything else, for JSON."""
     return dict(
@@ -1610,7 +1610,7 @@ def _restored_probes(settings, tensors):
     knn.labels_ = tensors["knn.labels_"]
     return linear, knn
 
-
+# %% ../nbs/api/14_classifier.ipynb #clf00053a1
 def _restored_calibration(values):
     """The calibration of a saved classifier; JSON has no tuples."""
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
@@ -1646,7 +1646,7 @@ def _endpoint():
     """The address of the Hub; None is the public one."""
     return os.environ.get("HF_ENDPOINT")
 
-
+# %% ../nbs/api/14_classifier.ipynb #clf00160a1
 def _downloaded(name):
     """The folder of a model from the Hub."""
     repo_id, _, revision = name.removeprefix(HUB).partition("@")

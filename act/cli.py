@@ -163,7 +163,7 @@ def _cell(value):
         return f"{value:.3g}"
     return str(value)
 
-
+# %% ../nbs/api/20_cli.ipynb #cli00024a1
 def _narrowed(lengths, texts, width):
     """Widths of the columns, of which the widest texts are narrowed until a line fits."""
     lengths = list(lengths)
@@ -184,7 +184,7 @@ def _text_columns(frame):
             positions.append(position)
     return positions
 
-
+# %% ../nbs/api/20_cli.ipynb #cli00044a1
 def _fitted(frame, width=TABLE_WIDTH):
     """A table as text. Numbers and the first column are never cut."""
     values = frame.convert_dtypes().astype(object)
@@ -262,7 +262,7 @@ def fetch(names: List[str] = typer.Argument(None, help="Entries of data_manifest
     _print(table.reset_index(), as_json)
     _raise_unfetched(table)
 
-
+# %% ../nbs/api/20_cli.ipynb #cli00047a1
 def _raise_unfetched(table):
     """An error that names the entries that could not be fetched, if any."""
     from act.manifest import FetchError
@@ -274,7 +274,7 @@ def _raise_unfetched(table):
 # %% ../nbs/api/20_cli.ipynb #cli00026
 _ARRAYS = ("embeddings", "labels", "split")
 
-
+# %% ../nbs/api/20_cli.ipynb #cli00026a1
 def _npz_file(path):
     """An open ``.npz`` that holds embeddings and labels."""
     from zipfile import BadZipFile
@@ -331,7 +331,7 @@ def _sides(names, count):
         raise ActError(f"split {unknown[0]!r} is not known; use {', '.join(SPELLINGS)}")
     return np.array([side_of[name] for name in names])
 
-
+# %% ../nbs/api/20_cli.ipynb #cli00200a1
 def _drawn_sides(y):
     """A split for labels (N,) or (N, C)."""
     import numpy as np
@@ -435,7 +435,7 @@ def _learning_rates(trials, centre):
         raise ActError(f"--trials {trials}: give learning rates, such as 3e-4,1e-3, "
                        "or how many to try around the usual one") from None
 
-
+# %% ../nbs/api/20_cli.ipynb #cli00170a1
 def _trial_configs(options, trials, encoder):
     """A `TuneConfig` for each trial."""
     from act.tuning import TuneConfig
@@ -469,7 +469,7 @@ def _chosen(classifier):
     loss = config.loss if isinstance(config.loss, str) else None
     return dict(method=config.method, loss=loss, **{name: getattr(config, name) for name in _SHOWN_SETTINGS})
 
-
+# %% ../nbs/api/20_cli.ipynb #cli00171a1
 def _choice_line(classifier):
     """In one line: what the encoder was tuned with, and among what it was chosen."""
     settings = [f"{name} {value}" for name, value in _chosen(classifier).items() if value is not None]
@@ -623,7 +623,7 @@ def _csv_header(columns, in_windows):
         names += [f"label_{i}", f"probability_{i}"]
     return _csv_line(names)
 
-
+# %% ../nbs/api/20_cli.ipynb #cli00062a1
 def _prediction_line(path, times, predicted, best, style):
     """A prediction as a line of text, JSON or CSV; `times` are start and end of a window, or empty."""
     if style == "json":
@@ -659,7 +659,7 @@ def _progress_bar(total, what):
     from tqdm import tqdm
     return tqdm(total=total, desc=what, file=sys.stderr, disable=None, ncols=80)
 
-
+# %% ../nbs/api/20_cli.ipynb #cli00063a1
 def _pass_over(path, error):
     """Name a file that could not be read, with the reason, on stderr."""
     from tqdm import tqdm
@@ -731,7 +731,7 @@ def _encoder_of(model):
         return classifier.backbone, classifier.max_seconds
     return load_backbone(model), None
 
-
+# %% ../nbs/api/20_cli.ipynb #cli00181a1
 def _labelled_task(paths, labels):
     """The task that is to be embedded, or None for recordings without labels."""
     if len(paths) != 1:
@@ -761,7 +761,7 @@ def _kept_arrays(task, rows):
         arrays["groups"] = task.groups[rows]
     return arrays
 
-
+# %% ../nbs/api/20_cli.ipynb #cli00182a1
 def _write_embeddings(writer, clips, outcomes):
     """Write the embeddings that there are; their positions."""
     rows = []
@@ -785,7 +785,7 @@ def _is_of_embed(path):
     except Exception:                   # whatever it is, it is not ours
         return False
 
-
+# %% ../nbs/api/20_cli.ipynb #cli00185a1
 def _check_out(path):
     """Refuse a place where the file cannot go, before anything is computed."""
     if path.suffix.lower() != ".npz":
@@ -833,7 +833,7 @@ def embed(model: str = typer.Argument(..., help="A folder that act tune wrote, o
 study_app = typer.Typer(help="Look into a folder of run records.", no_args_is_help=True)
 app.add_typer(study_app, name="study")
 
-
+# %% ../nbs/api/20_cli.ipynb #cli00032a1
 @study_app.command()
 def status(folder: Path = typer.Argument(..., callback=_home,
                                          help="A folder of run records, such as results/quick/runs."),
@@ -854,7 +854,7 @@ def status(folder: Path = typer.Argument(..., callback=_home,
     else:
         typer.echo(f"no run records in {runs}")
 
-
+# %% ../nbs/api/20_cli.ipynb #cli00032b1
 def _print_runs(frame):
     """A line for each run, and how many there are of each status."""
     for row in frame.itertuples():
@@ -887,7 +887,7 @@ def compare(where: Path = typer.Argument(..., callback=_home,
                             budget=budget, out=out)
     _print_comparison(result, as_json)
 
-
+# %% ../nbs/api/20_cli.ipynb #cli00070a1
 def _listed(names):
     """The names in a comma-separated list; None if there is no list."""
     if names is None:
@@ -930,7 +930,7 @@ def _check_gpu():
         return True, torch.cuda.get_device_name(), ""
     return True, "none; everything runs on the CPU, the full profile slowly", ""
 
-
+# %% ../nbs/api/20_cli.ipynb #cli00034a1
 def _check_cache():
     from act.core import cache_dir
     from act.reproduce import BYTES_PER_GB
@@ -961,7 +961,7 @@ def _check_jobs():
     jobs = default_jobs()
     return True, f"{jobs} at once", ""
 
-
+# %% ../nbs/api/20_cli.ipynb #cli00052a1
 DOCTOR_CHECKS = {"Python": _check_python,
           "torch, torchaudio": _check_torch,
           "GPU": _check_gpu,
@@ -981,7 +981,7 @@ def _result(name):
         ok, description, remedy = False, "", f"{type(error).__name__}: {error}"
     return dict(check=name, ok=bool(ok), found=description, remedy="" if ok else remedy)
 
-
+# %% ../nbs/api/20_cli.ipynb #cli00053a1
 @app.command()
 def doctor(as_json: bool = AsJson):
     """Check Python, torch, GPU, cache, disk, mirror, manifest and number of jobs, with the remedies."""

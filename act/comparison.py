@@ -55,7 +55,7 @@ def _check_loss(name, config, task):
         kind = "several labels" if task.multilabel else "one label"
         raise ComparisonError(f"methods: {name} does not fit a task with {kind} per clip ({error})") from None
 
-
+# %% ../nbs/api/18a_comparison.ipynb #cmp00008a1
 def methods_for(task, names=None):
     """What a comparison on a task compares.
 
@@ -119,7 +119,7 @@ def default_trials(backbone):
 # %% ../nbs/api/18a_comparison.ipynb #cmp00017
 FEWEST_FOLDS = 3        # one part each to test, to validate and to train
 
-
+# %% ../nbs/api/18a_comparison.ipynb #cmp00017a1
 def draw_folds(task, k, seed=0):
     """Several splits of a task, in which every clip is tested once.
 
@@ -174,7 +174,7 @@ def _loader_of(task):
     load.of_user = True         # sent to other processes, though act defines it
     return load
 
-
+# %% ../nbs/api/18a_comparison.ipynb #cmp00020a1
 @contextmanager
 def _registered(folds):
     """Register some tasks inside the block; gives their names."""
@@ -193,7 +193,7 @@ LEAST = dict(passes=2, trials=1, seeds=1)       # what a budget may cut down to
 RUN_SECONDS = 4.        # of a run besides tuning and embedding: probes, geometry, the record
 START_SECONDS = 30.     # of a comparison: processes, decoding, the report
 
-
+# %% ../nbs/api/18a_comparison.ipynb #cmp00027a1
 @dataclass(frozen=True)
 class Plan:
     """How much a comparison does.
@@ -236,7 +236,7 @@ def _smaller(plan):
     less = value // 2 if name == "passes" else value - 1
     return replace(plan, **{name: max(less, LEAST[name])})
 
-
+# %% ../nbs/api/18a_comparison.ipynb #cmp00028a1
 def _fitted(plan, budget, minutes):
     """The largest plan of which `minutes(plan)` is within the budget."""
     smaller = plan
@@ -266,7 +266,7 @@ def _clip_seconds(task):
     sampled = [len(task.clips[i].load(rate)) / rate for i in unknown[::step]]
     return np.where(np.isnan(seconds), np.mean(sampled), seconds)
 
-
+# %% ../nbs/api/18a_comparison.ipynb #cmp00030a1
 def _estimate(plan, folds, methods, speeds, jobs):
     """Minutes of a plan; `speeds` are seconds of audio per second of each encoder in one process."""
     seconds = _clip_seconds(folds[0])
@@ -324,7 +324,7 @@ def _whole(name, value):
         raise ComparisonError(f"{name}={value}: give a whole number from 1 up")
     return int(value)
 
-
+# %% ../nbs/api/18a_comparison.ipynb #cmp00034a1
 def _trials_of(backbones, trials):
     """The trials of each encoder; every encoder is loaded once, so that an unknown one is found now."""
     by_encoder = {}
@@ -349,7 +349,7 @@ def _checked_folder(out):
         raise ComparisonError(f"{out} holds other files: choose a new folder with out")
     return out
 
-
+# %% ../nbs/api/18a_comparison.ipynb #cmp00035a1
 def _checked(task, backbones, methods, trials, seeds, folds, passes, budget, out, jobs):
     """A request whose parts fit each other."""
     import_extra("jinja2", "paper", "the report of a comparison", ComparisonError)
@@ -381,7 +381,7 @@ def _kept_plan(request):
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
-
+# %% ../nbs/api/18a_comparison.ipynb #cmp00036a1
 def _planned(request):
     """The plan of a request, within its budget."""
     plan = _kept_plan(request)
@@ -500,7 +500,7 @@ def _printed_scores(scores):
     wide = wide_table(scores, ["probe"])
     return wide.reset_index().rename_axis(columns=None)
 
-
+# %% ../nbs/api/18a_comparison.ipynb #cmp00047a1
 @dataclass
 class TaskComparison:
     """The outcome of `compare_on`.
@@ -590,7 +590,7 @@ def _map_labels(task, rows):
     labels = task.labels[torch.from_numpy(rows)]
     return labels.argmax(1) if task.multilabel else labels
 
-
+# %% ../nbs/api/18a_comparison.ipynb #cmp00050a1
 def _draw_maps(request, comparisons, store):
     """Test clips of the first fold as t-SNE maps: an encoder in each row, a method in each column."""
     tested = _under_test(request.methods)
@@ -634,7 +634,7 @@ def _is_saved(folder, key):
         return False
     return card.get("Comparison", {}).get("record") == key
 
-
+# %% ../nbs/api/18a_comparison.ipynb #cmp00052a1
 def _train(task, run, progress):
     """The classifier of a run."""
     settings = dict(config=run.config)
@@ -670,7 +670,7 @@ def _geometry(comparisons):
     printed = pd.concat(wide, names=["backbone", "measure"])
     return [("geometry", "Geometry of the test clips", pd.concat(long), printed, "")]
 
-
+# %% ../nbs/api/18a_comparison.ipynb #cmp00054a1
 def _tables(result):
     """Name, heading, long form, printed form and caption of every table."""
     scores, paired = result.scores, result.paired
@@ -692,7 +692,7 @@ def _as_html(wide):
     flat = wide if wide.index.names == [None] else wide.reset_index()
     return flat.to_html(index=False, escape=True, border=0, na_rep="–")
 
-
+# %% ../nbs/api/18a_comparison.ipynb #cmp00055a1
 def _write_report(result, figures):
     """Tables, figures and the page of a comparison."""
     shown = []

@@ -500,9 +500,9 @@ def _average_precisions(z, rows, overlap):
     counts = (overlap.sum(1) - 1e-3).ceil()                 # R of each clip; a sum of thirds may exceed 1
     k = int(counts.max())
     _, index = nearest(z[rows], z, k + 1)                   # the clip itself is among them
-    found = overlap.gather(1, _without_self(index, rows))
+    retrieved = overlap.gather(1, _without_self(index, rows))
     best = overlap.topk(k).values
-    return _precision_sums(found, counts) / _precision_sums(best, counts)
+    return _precision_sums(retrieved, counts) / _precision_sums(best, counts)
 
 # %% ../nbs/api/13_geometry.ipynb #geo00705
 def map_at_r(z, labels):

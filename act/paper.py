@@ -331,7 +331,7 @@ def _is_by_row(value):
         return False
     return all(isinstance(v, (list, dict)) for v in value.values())
 
-
+# %% ../nbs/api/16_paper.ipynb #pap00086a1
 def _method_trials(key, value):
     """A list of options, or lists of the same length by method, one of them for all that are not named."""
     by_method = isinstance(value, dict) and ALL in value
@@ -353,7 +353,7 @@ def _trials(key, value):
         return check_value(dict[str, _method_trials], key, value)
     return _method_trials(key, value)
 
-
+# %% ../nbs/api/16_paper.ipynb #pap00086b1
 def _seeds(key, value):
     """A number of seeds for all rows, or a mapping of names of rows to numbers."""
     kind = dict[str, Count] if isinstance(value, dict) else Count
@@ -400,7 +400,7 @@ def _check_mapping(key_kind, kind, key, value):
         checked[name_checked] = check_value(kind, f"{key}.{name}", each)
     return checked
 
-
+# %% ../nbs/api/16_paper.ipynb #pap00029a1
 def _check_field(field, key, value):
     """A value for a field of a dataclass; None is accepted if it is the default or one of the types."""
     union = get_origin(field.type) in (Union, UnionType)
@@ -413,7 +413,7 @@ def _check_field(field, key, value):
     kinds = [kind for kind in kinds if kind in CHECKS]
     return _check_first(kinds, key, value) if kinds else value
 
-
+# %% ../nbs/api/16_paper.ipynb #pap00029b1
 def _check_first(kinds, key, value):
     """A value as the first of some kinds that it can be; otherwise the error of the first kind."""
     first, *others = kinds
@@ -617,7 +617,7 @@ def _few_labels(task, backbone, base, labels):
     if labels:
         yield PlannedRow(task, backbone, methods, [base])
 
-
+# %% ../nbs/api/16_paper.ipynb #stu00043a1
 def _table_4(task, backbone, base, changes=(), many_classes=(), labels=(), **_):
     yield _ablation(task, backbone, base, changes)
     if many_classes:

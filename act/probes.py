@@ -458,7 +458,7 @@ def _is_count(k):
     whole = isinstance(k, Integral)
     return whole and k >= 1
 
-
+# %% ../nbs/api/12_probes.ipynb #prb00028a1
 class _NeighbourVotes(_Probe):
     """Scores of fitted neighbours `bank_` and their labels."""
 
@@ -487,7 +487,7 @@ class _NeighbourVotes(_Probe):
 # %% ../nbs/api/12_probes.ipynb #pro00090
 NEIGHBOURS = (1, 5, 10, 20, 50, 200)    # numbers of neighbours in a sweep
 
-
+# %% ../nbs/api/12_probes.ipynb #pro00090a1
 class KNNProbe(_NeighbourVotes):
     """Cosine k-nearest-neighbour classifier with exponential weights, single- or multi-label.
 
@@ -754,7 +754,7 @@ def _unfitted_probes(Cs, k, temperature, n_resamples):
         check_resampling(n_resamples, level=.95, seed=0)
     return linear, knn
 
-
+# %% ../nbs/api/12_probes.ipynb #pro00099a1
 def dual_probe(train, valid, test, classes=None, Cs=PENALTIES, k=20, temperature=.07, n_resamples=1000):
     """Classify frozen embeddings with a linear and a k-NN probe.
 

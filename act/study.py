@@ -182,7 +182,7 @@ def _settings(run):
     chosen = run.config.for_backbone(_encoder(run.backbone))
     return {name: value for name, value in vars(chosen).items() if value != getattr(run.config, name)}
 
-
+# %% ../nbs/api/15_study.ipynb #stu00012a1
 def _code_of_parts(run):
     """The code of the method, of the loss and of the clips of a run, wherever it is defined.
 
@@ -361,7 +361,7 @@ def _package_versions():
             installed[name] = importlib.metadata.version(name)
     return installed
 
-
+# %% ../nbs/api/15_study.ipynb #stu00182a1
 @lru_cache
 def provenance():
     """Versions, device and revision.
@@ -882,7 +882,7 @@ def _worker_killed(error, finished, total):
         "runs are finished and kept; run again for the rest, with fewer at once (ACT_JOBS=1) if it happens "
         "again")
 
-
+# %% ../nbs/api/15_study.ipynb #stu00306a1
 def _in_parallel(keys, store, jobs, progress):
     """The record of each run; `keys` maps the runs to their keys."""
     parts = pack_parts()
@@ -1125,8 +1125,8 @@ EXTENSIONS = 2      # steps, at most, by which the learning rates of a row are e
 # %% ../nbs/api/15_study.ipynb #stu00345
 def _sides(grid, records):
     """The ends of the learning rates at which the best trial of some method lies."""
-    found = {_edge(runs, records) for runs in grid.values()}
-    return [side for side in ("lower", "upper") if side in found]
+    sides = {_edge(runs, records) for runs in grid.values()}
+    return [side for side in ("lower", "upper") if side in sides]
 
 
 def _one_step_further(grid, records, side):
@@ -1139,7 +1139,7 @@ def _one_step_further(grid, records, side):
             wider[name] = [*runs, _next_trial(runs, records, side, factor)]
     return wider
 
-
+# %% ../nbs/api/15_study.ipynb #stu00345a1
 def _widened(grid, records, *settings):
     """The grid, extended and done until no method has its best trial at an edge."""
     steps = 0

@@ -372,7 +372,7 @@ def content(self: Task):
     clips = _clip_identities(self)
     return identity(clips=clips).digest
 
-
+# %% ../nbs/api/03_tasks.ipynb #tas00122a1
 @patch(as_prop=True)
 def digest(self: Task):
     """SHA-256 of all that a result depends on: waveforms, labels, classes, split and groups."""
@@ -1646,7 +1646,7 @@ def _try_each(reads):
         problems.append(f"{names[0]}{others}: {problem}")
     return results, problems
 
-
+# %% ../nbs/api/03_tasks.ipynb #tas00060a1
 def _most_frequent_rate(infos):
     """The most frequent of the sampling rates in pairs (rate, duration); None if there are none."""
     rates = Counter(rate for rate, _ in infos)
@@ -2497,7 +2497,7 @@ def _names_of_rows(labels, classes):
         return _names_of_hot(rows, classes)
     return [row if row == "" else _names_of_names(row) for row in rows], classes
 
-
+# %% ../nbs/api/03_tasks.ipynb #tas50007a1
 def _names_of_hot(rows, classes):
     """The names of the ones in multi-hot rows; and the classes, which are numbers if they are not given."""
     lengths = {len(row) for row in rows if row != ""}
@@ -2685,7 +2685,7 @@ def _undecoded(ds, column):
     encoded = type(feature)(decode=False)
     return rows.cast_column(column, encoded)
 
-
+# %% ../nbs/api/03_tasks.ipynb #tas00222a1
 def _table_labels(ds, column):
     """The labels in a column, as names where it knows them; and all names that it knows, or None."""
     feature = ds.features[column]
@@ -2882,7 +2882,7 @@ def _given(n, columns):
     _check_counts(n, **given)
     return given
 
-
+# %% ../nbs/api/03_tasks.ipynb #tas00243a1
 def _merged(name, listings, classes):
     """One listing of all parts of a data set."""
     merged = _Listing(name, [], [], [], problems=[], clips=[], may_lack_labels=True)
@@ -3044,7 +3044,7 @@ class _HubName(NamedTuple):
     remote: dict            # else what `datasets.load_dataset` is told: path, name, revision
     options: dict           # for `Task.from_dataset`
 
-
+# %% ../nbs/api/03_tasks.ipynb #tas00252a1
 def _parse_hub(text):
     """The parts of what follows `hub:`."""
     parts = _HUB_NAME.fullmatch(text)

@@ -714,7 +714,7 @@ def _check_callable(loss):
 AUTO = "auto"
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true")
 
-
+# %% ../nbs/api/09_tuning.ipynb #tun00070a1
 @dataclass(frozen=True)
 class TuneConfig:
     """All settings of a tuning run, besides the data and the encoder.
@@ -878,7 +878,7 @@ _WHOLE_NUMBERS_OR_NONE = ("batch", "per_class", "micro_batch", "max_samples", "p
 _POSITIVE = ("temperature", "max_grad_norm")
 _POSITIVE_OR_NONE = ("lr", "head_lr", "max_seconds")
 
-
+# %% ../nbs/api/09_tuning.ipynb #tun10049a1
 @patch
 def _check_numbers(self: TuneConfig):
     for name in _WHOLE_NUMBERS:
@@ -1241,7 +1241,7 @@ def _composed(order, pack, size, rng):
     ends = np.cumsum(np.bincount(batch))
     return np.split(order[by_batch], ends[:-1])
 
-
+# %% ../nbs/api/09_tuning.ipynb #tun10310a1
 def _balanced_batches(labels, size, per_class, clips, rng):
     """The batches of an epoch, made of packs."""
     classes = np.asarray(labels)
@@ -1587,7 +1587,7 @@ def _set_up_loss(self: _Loop):
 # %% ../nbs/api/09_tuning.ipynb #tun10087
 _TRIED_CLIPS = 4
 
-
+# %% ../nbs/api/09_tuning.ipynb #tun10087a1
 @patch
 def _try_loss(self: _Loop):
     """Raise if the criterion fails on a small batch with two views of each clip."""
