@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SPLITS', 'LABEL_FORMS', 'MAX_LISTED', 'MAX_NAMED', 'FFT_SIZE', 'FACTS', 'FSDD_SPLIT', 'ESC10_MIXTURES', 'MAX_MIXED',
            'MIXTURE_GAINS', 'MSWC_WORDS', 'DRUMS', 'DRUMS_WINDOW', 'DRUMS_HOP', 'DRUMS_SPLIT', 'FEW_GROUPS', 'SHARES',
-           'SYSTEM_FILES', 'AUDIO_SUFFIXES', 'SPELLINGS', 'BYTE_ORDER_MARKS', 'SEPARATORS', 'SAVE_AS_UTF8',
-           'MAX_COMPARED', 'OWN_DATA', 'TaskError', 'Task', 'register_task', 'load_task', 'list_tasks', 'task_folds',
-           'split_groups', 'files_below', 'folder_task', 'csv_task', 'source_state']
+           'VALID_SHARES', 'SYSTEM_FILES', 'AUDIO_SUFFIXES', 'SPELLINGS', 'BYTE_ORDER_MARKS', 'SEPARATORS',
+           'SAVE_AS_UTF8', 'MAX_COMPARED', 'OWN_DATA', 'TaskError', 'Task', 'register_task', 'load_task', 'list_tasks',
+           'task_folds', 'split_groups', 'draw_folds', 'files_below', 'folder_task', 'csv_task', 'source_state']
 
 # %% ../nbs/api/03_tasks.ipynb #tas00003
 import codecs, csv, difflib, functools, hashlib, io, json, os, re, unicodedata, warnings
@@ -1585,6 +1585,62 @@ def _too_few_groups(n, shares):
     sides = ", ".join(shares)
     groups = _counted(n, "group")
     return f"{groups} cannot fill {len(shares)} sides ({sides}); record more, or leave groups out"
+
+# %% ../nbs/api/03_tasks.ipynb #tas60002
+VALID_SHARES = dict(train=.85, valid=.15)       # of the clips that are not tested, in two folds
+
+
+def _checked_folds(task, folds):
+    """The number of folds as an int; refuse fewer than two, and more than groups."""
+    if not float(folds).is_integer() or folds < 2:
+        raise TaskError(f"folds={folds}: give a whole number from 2 up, or none for the task's split")
+    groups = len(task) if task.groups is None else len(set(task.groups))
+    if folds > groups:
+        parts = "clips" if task.groups is None else "groups of clips"
+        raise TaskError(f"folds={folds}: {task.name} has {groups} {parts}; give at most so many folds")
+    return int(folds)
+
+# %% ../nbs/api/03_tasks.ipynb #tas60003
+def _fold(task, part, i, folds, seed):
+    """The task with part `i` of the clips as its test side; `part` (N,) is the part of each clip."""
+    split = np.full(len(task), "train")
+    split[part == str(i)] = "test"
+    if folds > 2:
+        split[part == str((i + 1) % folds)] = "valid"
+    else:
+        rest = np.flatnonzero(split == "train")
+        groups = None if task.groups is None else task.groups[rest]
+        split[rest] = split_groups(task.labels[rest], groups, VALID_SHARES, seed)
+    return replace(task, split=split)
+
+# %% ../nbs/api/03_tasks.ipynb #tas60004
+def draw_folds(task, folds=5, seed=0):
+    """Several splits of a task, in which every clip is tested once.
+
+    Parameters
+    ----------
+    task : Task
+        Its own split is not used. Groups stay together.
+    folds : int
+        How many, K: at least 2, at most the number of groups, or of clips without groups.
+    seed : int
+        Of the order in which groups are placed.
+
+    Returns
+    -------
+    list of Task
+        The clips are divided into K parts, stratified by label; each is the test side of one fold and the
+        validation side of another. With two folds, 15 % of the clips that are not tested are for validation.
+
+    Raises
+    ------
+    TaskError
+        If the number of folds is out of range, or too few groups are left for validation.
+    """
+    folds = _checked_folds(task, folds)
+    shares = {str(i): 1 / folds for i in range(folds)}
+    part = split_groups(task.labels, task.groups, shares, seed)
+    return [_fold(task, part, i, folds, seed) for i in range(folds)]
 
 # %% ../nbs/api/03_tasks.ipynb #tas00154
 @dataclass
