@@ -43,7 +43,7 @@ from .core import (DISK_FULL, REGISTRIES, ActError, cache_dir, code_of, device_k
 from .embeddings import embed, fingerprint
 from .geometry import GeometryError, geometry, purity
 from .metrics import METRICS
-from .probes import dual_probe
+from .probes import probe_embedding
 from .tasks import SPLITS, load_task, source_state
 from .tuning import METHODS, TuneConfig, option_pairs, tune, tuning_functions
 
@@ -617,10 +617,9 @@ def _training_geometry(z, task, seed):
     return measured if measured["measures"] else None
 
 # %% ../nbs/api/15_study.ipynb #stu00022
-def _probed(z, task, rows):
+def _probed(z, task):
     """Both probes on an embedding (N, D): fields of the record, and predictions for the test clips."""
-    parts = [(z[indices], task.labels[indices].numpy()) for indices in rows.values()]
-    dual = dual_probe(*parts, classes=task.classes, n_resamples=0)
+    dual = probe_embedding(z, task, n_resamples=0)
     probes = {probe: getattr(dual, probe) for probe in _CHOSEN}
     chosen = {name: probes[probe].chosen[name] for probe, name in _CHOSEN.items()}
     fields = dict(scores=_scores(dual, _metric_of(task)), chosen=chosen)
@@ -660,7 +659,7 @@ def _evaluated(embedding, task, seed):
     rows = {split: task.indices(split) for split in SPLITS}
     test = rows["test"]
     labels = task.labels[test]
-    probed, predictions = _probed(z, task, rows)
+    probed, predictions = _probed(z, task)
     head, head_predictions = _classified(embedding.outputs, task, rows)
     predictions |= head_predictions
     groups = _group_numbers(task, test)
