@@ -46,7 +46,7 @@ from .probes import (MULTI_LABEL_METRICS, PENALTIES, SINGLE_LABEL_METRICS, KNNPr
                         nearest, probe_embedding)
 from .tasks import (AUDIO_SUFFIXES, OWN_DATA, SPLITS, Task, _Listing, _task_of, csv_task, draw_folds,
                        files_below, folder_task, load_task)
-from .tuning import TuneConfig, tune
+from .tuning import FROZEN, TuneConfig, tune
 
 # %% ../nbs/api/14_classifier.ipynb #clf00005
 class ClassifierError(ActError):
@@ -851,9 +851,6 @@ def _mistakes(classifier, embedded):
     else:
         title, table = _confusion(y, p.argmax(1), classifier.classes)
     return {f"{title} ({side} clips, linear probe)": table}
-
-# %% ../nbs/api/14_classifier.ipynb #clf00126
-FROZEN = "frozen"       # the method that tunes nothing
 
 # %% ../nbs/api/14_classifier.ipynb #clf00126a1
 def _settings_to_try(method, config):

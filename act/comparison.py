@@ -31,10 +31,10 @@ from .paper import SINGLE_LABEL_METHODS, named_methods
 from .report import (PAIRED_PROTOCOL, alternative_text, geometry_text, method_colours, paired_text, picture,
                         protocol, save_figure, save_table, wide_table)
 from .reproduce import FORWARD_SHARE, SAMPLED, audio_speed, page_template
-from .study import (EXTENSIONS, FROZEN, Run, Store, compare, default_jobs, provenance, run_embedding,
+from .study import (EXTENSIONS, Run, Store, compare, default_jobs, provenance, run_embedding,
                        validation_score)
 from .tasks import SPLITS, draw_folds, load_task, register_task
-from .tuning import METHODS, TuneConfig, criterion_of
+from .tuning import FROZEN, METHODS, TuneConfig, criterion_of
 
 # %% ../nbs/api/18a_comparison.ipynb #cmp00006
 class ComparisonError(ActError):

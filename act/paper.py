@@ -24,10 +24,9 @@ from typing import Literal, NamedTuple, NewType, Union, get_args, get_origin
 
 from .core import ActError, Registry, full_path
 from .losses import CLASSIFICATION_LOSSES, CONTRASTIVE_LOSSES
-from .study import (ALL, FROZEN, StudyError, check_equal_trials, compare, execute_all, trial_runs,
-                       widest_grid)
+from .study import ALL, StudyError, check_equal_trials, compare, execute_all, trial_runs, widest_grid
 from .tasks import task_folds
-from .tuning import METHODS, Augment, TuneConfig
+from .tuning import FROZEN, METHODS, Augment, TuneConfig
 
 # %% ../nbs/api/16_paper.ipynb #stu00038
 SINGLE_LABEL_METHODS = (FROZEN, "vanilla", "lp-ft", "contrastive")
