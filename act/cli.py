@@ -408,12 +408,6 @@ def probe(embeddings: Path = typer.Argument(..., help="An .npz with embeddings, 
         typer.echo(dual._repr_markdown_())
 
 # %% ../nbs/api/20_cli.ipynb #cli00029
-def _task_of(where):
-    """The task of a folder, a CSV of labels, or a name."""
-    from act.classifier import open_task
-    return open_task(where)
-
-
 def _announce_task(task):
     """Print the size of a task before the work begins."""
     uses = dict(train="to tune on", valid="to choose by", test="to test on")
@@ -548,13 +542,14 @@ def tune(where: Path = typer.Argument(..., callback=_home,
     Example: act tune my_audio/ --backbone speech-embedding --trials 3 --out my_model
     """
     from act.backbones import check_save_folder, load_backbone
-    from act.classifier import FROZEN
+    from act.classifier import open_task
+    from act.tuning import FROZEN
     check_save_folder(out, force)
     options = _tune_options(method=method, loss=loss, passes=passes, lr=lr, batch=batch, views=views,
                             per_class=per_class, precision=precision, max_seconds=max_seconds, seed=seed)
     encoder = load_backbone(backbone)
     config = None if method == FROZEN else _trial_configs(options, trials, encoder)
-    task = _task_of(where)
+    task = open_task(where)
     task.require("train", "valid", "test")
     settings = dict(backbone=encoder, method=method, config=config, max_seconds=max_seconds)
     with _stdout_free(as_json):
@@ -734,13 +729,14 @@ def _encoder_of(model):
 # %% ../nbs/api/20_cli.ipynb #cli00181a1
 def _labelled_task(paths, labels):
     """The task that is to be embedded, or None for recordings without labels."""
+    from act.classifier import open_task
     if len(paths) != 1:
         if labels: raise ActError("--labels takes one folder, table or task")
         return None
     path = full_path(paths[0])
     is_table = path.suffix.lower() in (".csv", ".tsv")
     if labels or is_table or _is_task_name(paths[0]):
-        return _task_of(paths[0])
+        return open_task(paths[0])
     return None
 
 
@@ -879,9 +875,10 @@ def compare(where: Path = typer.Argument(..., callback=_home,
 
     Example: act compare my_audio/ --backbones speech-embedding,log-mel --budget 10
     """
+    from act.classifier import open_task
     from act.comparison import compare_on
     with _stdout_free(as_json):
-        task = _task_of(where)
+        task = open_task(where)
         _announce_task(task)
         result = compare_on(task, _listed(backbones), _listed(methods), seeds=seeds, folds=folds, passes=passes,
                             budget=budget, out=out)

@@ -14,7 +14,7 @@ import torch
 from test_folders import counts, pets, record, refused
 
 from act.audio import AudioError, read_audio
-from act.cli import _task_of
+from act.classifier import open_task
 from act.core import ActWarning
 from act.study import Run, Store, execute_all, run_key
 from act.tasks import SPLITS, Task, load_task, source_state
@@ -378,11 +378,11 @@ def test_a_path_may_hold_anything(tmp_path, monkeypatch):
     folder = pets(tmp_path / "a@1:2" / "#x" / "10")
     for name in f"folder:{folder}", "folder:~/a@1:2/#x/10":
         task = load_task(name)
-        assert task.name == name and len(task) == 12 and _task_of(Path(name)).digest == task.digest
+        assert task.name == name and len(task) == 12 and open_task(Path(name)).digest == task.digest
     rows = [f"{label}/{i:02}.wav,{label}" for label in ("cat", "dog") for i in range(6)]
     (folder / "labels:5.csv").write_text("\n".join(["file,label", *rows]))
     table = f"csv:{folder}/labels:5.csv"
-    assert load_task(table).digest == task.digest == _task_of(Path(table)).digest
+    assert load_task(table).digest == task.digest == open_task(Path(table)).digest
     with refused("no such folder"):
         load_task("folder:/absent/10")
     with refused("unknown task"):
