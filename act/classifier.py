@@ -44,8 +44,7 @@ from .embeddings import default_fabric, default_max_samples, embed, frozen_embed
 from .metrics import METRICS
 from .probes import (MULTI_LABEL_METRICS, PENALTIES, SINGLE_LABEL_METRICS, KNNProbe, LinearProbe,
                         nearest, probe_embedding)
-from .tasks import (AUDIO_SUFFIXES, OWN_DATA, SPLITS, Task, _Listing, _task_of, csv_task, draw_folds,
-                       files_below, folder_task, load_task)
+from .tasks import AUDIO_SUFFIXES, OWN_DATA, Task, csv_task, draw_folds, files_below, folder_task, load_task
 from .tuning import FROZEN, TuneConfig, tune
 
 # %% ../nbs/api/14_classifier.ipynb #clf00005
@@ -600,63 +599,22 @@ def open_task(where):
         problem = f"{where} is neither a folder nor a .csv here, and as a task: {error}"
         raise ClassifierError(problem) from None
 
-# %% ../nbs/api/14_classifier.ipynb #clf00111
-def _names_of(label):
-    """A label as text, or the labels of a clip as a list of texts; blank if there is none."""
-    if isinstance(label, (list, tuple, set, frozenset)):
-        names = [_names_of(name) for name in label]
-        return sorted(names)
-    is_missing = label is None or label != label        # NaN differs from itself
-    if is_missing:
-        return ""
-    return str(label).strip()
-
-
-def _text_labels(labels):
-    """Labels of clips as names or lists of names; columns of multi-hot rows are named by their numbers."""
-    if isinstance(labels, torch.Tensor):
-        labels = labels.detach().cpu().numpy()
-    if isinstance(labels, np.ndarray):
-        if labels.ndim == 2:
-            labels = [np.flatnonzero(row).tolist() for row in labels]
-        else:
-            labels = labels.tolist()
-    return [_names_of(label) for label in labels]
-
-# %% ../nbs/api/14_classifier.ipynb #clf00112
-def _task_of_files(paths, labels, groups):
-    """A task of recordings in files; all of them are checked."""
-    paths = [full_path(path) for path in paths]
-    above = os.path.commonpath([path.absolute().parent for path in paths])
-    names = [path.absolute().relative_to(above).as_posix() for path in paths]
-    listing = _Listing(
-        name=Path(above).name or "recordings",
-        names=names,
-        paths=paths,
-        labels=_text_labels(labels),
-        groups=None if groups is None else [_names_of(group) for group in groups],
-    )
-    return _task_of(listing, SPLITS, licence=None)
-
 # %% ../nbs/api/14_classifier.ipynb #clf00112a1
-def _check_counts(clips, labels, groups):
-    """Require clips, and as many labels and groups."""
+def _check_clips(clips, labels):
+    """Require clips and labels."""
     if not clips:
         raise ClassifierError("there are no clips to train on")
     if labels is None:
         raise ClassifierError("give the labels of the clips, labels=[...], or a task")
-    for name, values in dict(labels=labels, groups=groups).items():
-        if values is not None and len(values) != len(clips):
-            raise ClassifierError(f"{len(clips)} clips but {len(values)} {name}")
 
 # %% ../nbs/api/14_classifier.ipynb #clf00113
 def _task_of_clips(clips, labels, sample_rate, groups):
     """A task of paths, or of waveforms."""
     clips = list(clips)
-    _check_counts(clips, labels, groups)
+    _check_clips(clips, labels)
     are_paths = [_is_path(clip) for clip in clips]
     if all(are_paths):
-        return _task_of_files(clips, labels, groups)
+        return Task.from_files(clips, labels, groups=groups)
     if any(are_paths):
         first = are_paths.index(False)
         raise ClassifierError(f"clip {first} is not a path as others are: give paths or waveforms")

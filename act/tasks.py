@@ -2482,7 +2482,7 @@ def _is_missing(label):
 # %% ../nbs/api/03_tasks.ipynb #tas50004
 def _is_row(label):
     """Whether a label is a list of labels."""
-    return isinstance(label, (list, tuple, set))
+    return isinstance(label, (list, tuple, set, frozenset))
 
 
 def _is_single_id(label):
@@ -2613,6 +2613,24 @@ def _sides_in(values):
     """The sides that a list of names means; "" for missing ones."""
     return ["" if _is_missing(value) else _side(str(value)) for value in values]
 
+# %% ../nbs/api/03_tasks.ipynb #tas60011
+def _annotations(n, labels, classes, groups, split):
+    """Labels, classes, groups and sides of `n` clips in any of their forms, as fields of a `_Listing`."""
+    labels = _plain_list(labels)
+    groups = None if groups is None else _plain_list(groups)
+    split = None if split is None else _plain_list(split)
+    _check_counts(n, labels=labels, groups=groups, split=split)
+    labels, classes = _names_of_labels(labels, classes)
+    _check_known(labels, classes)
+    return dict(
+        labels=labels,
+        classes=classes,
+        groups=groups,
+        split=None if split is None else _sides_in(split),
+        notes=_notes_on_unlabelled(labels),
+        may_lack_labels=True,
+    )
+
 # %% ../nbs/api/03_tasks.ipynb #tas50012
 def _array_listing(name, waveforms, labels, sample_rate, classes, groups, split):
     """The listing of waveforms in memory."""
@@ -2622,12 +2640,7 @@ def _array_listing(name, waveforms, labels, sample_rate, classes, groups, split)
     except TypeError:
         remedy = "give a list of arrays (T_i,), or an array (N, T)"
         raise TaskError(f"waveforms={waveforms!r}: {remedy}") from None
-    labels = _plain_list(labels)
-    groups = None if groups is None else _plain_list(groups)
-    split = None if split is None else _plain_list(split)
-    _check_counts(len(waveforms), labels=labels, groups=groups, split=split)
-    labels, classes = _names_of_labels(labels, classes)
-    _check_known(labels, classes)
+    annotations = _annotations(len(waveforms), labels, classes, groups, split)
     reads = []
     for i, x in enumerate(waveforms):
         reads.append((f"row {i}", functools.partial(ArrayClip, x, sample_rate, f"row {i}")))
@@ -2636,15 +2649,10 @@ def _array_listing(name, waveforms, labels, sample_rate, classes, groups, split)
         name=name,
         names=[row for row, _ in reads],
         paths=[],
-        labels=labels,
-        split=None if split is None else _sides_in(split),
-        groups=groups,
         problems=problems,
-        notes=_notes_on_unlabelled(labels),
         clips=clips,
         sample_rate=sample_rate,
-        classes=classes,
-        may_lack_labels=True,
+        **annotations,
     )
 
 # %% ../nbs/api/03_tasks.ipynb #tas00214
@@ -2707,6 +2715,82 @@ def from_arrays(
         listing = _array_listing(name, waveforms, labels, sample_rate, classes, groups, split)
     except TaskError as error:
         raise TaskError(f"{name}: {error}") from None
+    return _task_of(listing, sides, licence)
+
+# %% ../nbs/api/03_tasks.ipynb #tas60013
+def _names_below(paths):
+    """The folder that all files are in, and the name of each file relative to it, with slashes."""
+    absolute = [path.absolute() for path in paths]
+    folder = Path(os.path.commonpath([path.parent for path in absolute]))
+    return folder, [path.relative_to(folder).as_posix() for path in absolute]
+
+
+def _file_listing(name, paths, labels, classes, groups, split):
+    """The listing of files whose labels are given; by default it has the name of their folder."""
+    paths = [full_path(path) for path in paths]
+    if not paths:
+        raise TaskError("paths: the list is empty; give the files of the recordings")
+    folder, names = _names_below(paths)
+    annotations = _annotations(len(paths), labels, classes, groups, split)
+    return _Listing(name=name or folder.name or "recordings", names=names, paths=paths, **annotations)
+
+# %% ../nbs/api/03_tasks.ipynb #tas60014
+@patch(cls_method=True)
+def from_files(
+    cls: Task,
+    paths,
+    labels,
+    name=None,
+    classes=None,
+    groups=None,
+    split=None,
+    licence=None,
+    sides=SPLITS,
+):
+    """A task from files of recordings and their labels.
+
+    Parameters
+    ----------
+    paths : list of path-like
+        One file for each clip, no file twice; ``~`` is the home folder.
+    labels : list or array
+        For each file a name or a class id; or, for a multi-label task, a list of names or a multi-hot row.
+    name : str, optional
+        Of the task; by default that of the folder which all files are in.
+    classes : sequence of str, optional
+        All classes, in the order of class ids and of multi-hot columns. By default those that occur, sorted;
+        ids and columns are then named by their number.
+    groups : list, optional
+        What must stay together, such as the speaker of each clip; a clip without one (None) is a group of its
+        own.
+    split : list of str, optional
+        The side of each clip (train, valid, test in any usual spelling).
+    licence : str, optional
+        The licence of the recordings, kept with the task.
+    sides : sequence of str
+        The sides that must have clips.
+
+    Returns
+    -------
+    Task
+        Split by `split_groups` unless a split is given. Clips are named by their paths, relative to the
+        folder which all files are in.
+
+    Raises
+    ------
+    TaskError
+        If there are no files, lengths differ or labels fit no form; or naming the problems, all at once:
+        unreadable files, files listed twice or without a label, classes too small to split.
+
+    Warns
+    -----
+    ActWarning
+        Of clips without a label in a multi-label task, and of classes that are missing on a side.
+    """
+    try:
+        listing = _file_listing(name, paths, labels, classes, groups, split)
+    except TaskError as error:
+        raise TaskError(f"{name or 'files'}: {error}") from None
     return _task_of(listing, sides, licence)
 
 # %% ../nbs/api/03_tasks.ipynb #tas00221
