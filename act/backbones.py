@@ -390,9 +390,11 @@ def _find_builder(name):
     if entry:
         _, match, builder = entry
         return builder, match.groups()
+    if name.lower().startswith("hf:"):
+        raise BackboneError(f"{name}: write hf:OWNER/NAME, an audio model of huggingface.co, or hf:FOLDER")
     if Path(name).name != name:
         raise BackboneError(f"{name} is neither a folder here nor the name of a backbone; "
-                            "act.list_backbones() shows the names")
+                            "act.list_backbones() shows the names, and hf:OWNER/NAME is one of huggingface.co")
     similar = " or ".join(near_matches(name, _BUILDERS))
     raise BackboneError(f"no backbone {name!r}; did you mean {similar}? act.list_backbones() shows all")
 
@@ -1578,7 +1580,11 @@ def _hf_parts(transformers, identifier, revision):
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         version = f"@{revision}" if revision else ""
-        raise BackboneError(f"hf:{identifier}{version} cannot be opened: {reason}") from None
+        problem = f"hf:{identifier}{version} cannot be opened: {reason}"
+        if Path(identifier).is_dir():
+            raise BackboneError(problem) from None
+        remedy = "check the name on huggingface.co, the network and your token (hf auth login)"
+        raise BackboneError(f"{problem.rstrip('.')}; {remedy}") from None
     return config, extractor
 
 # %% ../nbs/api/06_backbones.ipynb #bac00053a
