@@ -145,3 +145,11 @@ def test_the_wheel_works_alone(repo, tmp_path):
         assert not done.returncode, done.stderr
     missing = subprocess.run([python, "-c", "import papermill"], capture_output=True)
     assert missing.returncode and not Path(environment["ACT_CACHE"], "waves").exists()
+
+
+def test_what_pages_include_is_packaged(repo):
+    """Templates and the file of styles that they include are data of the package, so that a wheel has them."""
+    names = {path.name for path in (repo / "act").glob("*.html")}
+    included = {name for page in names for name in re.findall(r'{% include "(.+?)" %}', (repo / "act" / page).read_text())}
+    assert included == {"style.html"} and included <= names
+    assert '"*.html"' in (repo / "setup.py").read_text()
