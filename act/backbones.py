@@ -394,7 +394,7 @@ def _find_builder(name):
         raise BackboneError(f"{name}: write hf:OWNER/NAME, an audio model of huggingface.co, or hf:FOLDER")
     if Path(name).name != name:
         raise BackboneError(f"{name} is neither a folder here nor the name of a backbone; "
-                            "act.list_backbones() shows the names, and hf:OWNER/NAME is one of huggingface.co")
+                            "act.list_backbones() shows them, and hf:OWNER/NAME is one of the Hub")
     similar = " or ".join(near_matches(name, _BUILDERS))
     raise BackboneError(f"no backbone {name!r}; did you mean {similar}? act.list_backbones() shows all")
 
