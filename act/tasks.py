@@ -10,7 +10,7 @@ __all__ = ['SPLITS', 'LABEL_FORMS', 'MAX_LISTED', 'MAX_NAMED', 'FFT_SIZE', 'FACT
            'task_folds', 'split_groups', 'draw_folds', 'files_below', 'folder_task', 'csv_task', 'source_state']
 
 # %% ../nbs/api/03_tasks.ipynb #tas00003
-import codecs, csv, difflib, functools, hashlib, io, json, os, re, unicodedata, warnings
+import codecs, contextlib, csv, difflib, functools, hashlib, io, json, logging, os, re, unicodedata, warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -3211,6 +3211,18 @@ def _read_folder(datasets, folder):
     return datasets.load_dataset(str(folder))
 
 
+@contextlib.contextmanager
+def _without_retries():
+    """Inside the block, the client of the Hub does not log its attempts; errors are raised."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _one_line(error):
     """The message of an error of another library."""
     return " ".join(str(error).split()) or type(error).__name__
@@ -3223,7 +3235,8 @@ def _hub(text):
     datasets = import_extra("datasets", "hf", f"hub:{text}", TaskError)
     try:
         if wanted.folder is None:
-            ds = datasets.load_dataset(**wanted.remote)
+            with _without_retries():
+                ds = datasets.load_dataset(**wanted.remote)
         else:
             ds = _read_folder(datasets, wanted.folder)
     except Exception as error:      # of datasets, huggingface_hub, pyarrow, httpx

@@ -1,6 +1,7 @@
 """Tasks from arrays, from data sets of Hugging Face and PyTorch, and by the names of studies."""
 
 import io
+import logging
 import pickle
 import sys
 import warnings
@@ -421,13 +422,17 @@ def test_the_hub_is_asked_for_what_is_named(hf, table, monkeypatch):
 
 
 def test_what_is_wrong_with_the_hub_is_one_line(hf, table, monkeypatch, tmp_path):
+    attempts = logging.getLogger("huggingface_hub.utils._http")
+
     def unreachable(**given):
+        assert not attempts.isEnabledFor(logging.WARNING)  # or ten lines on attempts come before ours
         raise ConnectionError("Couldn't reach 'a/b'\non the Hub")
 
     with monkeypatch.context() as patch:
         patch.setattr(hf, "load_dataset", unreachable)
         with refused("hub:a/b: cannot be loaded \\(Couldn't reach 'a/b' on the Hub\\)"):
             load_task("hub:a/b")
+    assert attempts.isEnabledFor(logging.WARNING)
     with refused("hub:/absent: cannot be loaded \\(no such folder\\)"):
         load_task("hub:/absent")
     (tmp_path / "train.parquet").write_bytes(b"no parquet")
