@@ -41,13 +41,14 @@ ACT = "from act.cli import main; main()"      # the command act, which may not b
 
 @dataclass
 class Step:
-    """A command and the files, beside the library, that decide what it does.
+    """A command, what it measures, and the files, beside the library, that decide what it does.
 
     `json_option` says whether the command writes the records of a benchmark; `profile` is the name of the profile
     that it reproduces.
     """
 
     name: str
+    what: str
     command: list
     files: list = field(default_factory=list)
     json_option: bool = False
@@ -65,18 +66,18 @@ def shown_command(step, out):
     return ["python", *shown]
 
 
-def benchmark(name, script, *arguments):
+def benchmark(name, what, script, *arguments):
     """The step of a benchmark, which writes its records with --json."""
     path = REPO / "benchmarks" / script
-    return Step(name, [sys.executable, str(path), *arguments], [path], json_option=True)
+    return Step(name, what, [sys.executable, str(path), *arguments], [path], json_option=True)
 
 
-def reproduction(profile, out):
+def reproduction(profile, what, out):
     """The step of a profile; `act reproduce` itself does only what is not done."""
     folder = REPO / "nbs" / "paper"
     files = [*folder.glob("*.ipynb"), folder / "profiles" / f"{profile}.yaml"]
     command = act("reproduce", "--profile", profile, "--results", str(out))
-    return Step(f"profile-{profile}", command, files, profile=profile)
+    return Step(f"profile-{profile}", what, command, files, profile=profile)
 
 
 def cuda_tests():
@@ -84,7 +85,7 @@ def cuda_tests():
     files = sorted((REPO / "tests").glob("test_cuda*.py"))
     quiet = ["-q", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", "-m", "cuda", *quiet, *map(str, files)]
-    return Step("tests", command, files)
+    return Step("tests", "the tests that need a GPU", command, files)
 
 
 def all_steps(device, out):
@@ -93,19 +94,23 @@ def all_steps(device, out):
     half = ["--bf16"] if device == "cuda" else []
     wav2vec2 = ["--names", "wav2vec2-base", "--random", *on, *half]
     return [
-        Step("doctor", act("doctor")),
+        Step("doctor", "what `act doctor` finds", act("doctor")),
         cuda_tests(),
-        benchmark("wav2vec2-256x1s", "backbones.py", *wav2vec2, "--batch", "256", "--seconds", "1"),
-        benchmark("wav2vec2-64x10s", "backbones.py", *wav2vec2, "--batch", "64", "--seconds", "10"),
-        benchmark("losses", "losses.py", *on, "--dim", "256", "--classes", "527", "--n", "8192", "65536"),
-        benchmark("tuning", "tuning.py", *on),
-        benchmark("probes", "probes.py", *on),
-        benchmark("backbones", "backbones.py", "--random", *on, *half, "--batch", "64"),
-        benchmark("embeddings", "embeddings.py", *on),
-        benchmark("predict", "predict.py"),
-        benchmark("fewshot", "fewshot.py", *on),
-        reproduction("small", out),
-        reproduction("full", out),
+        benchmark("wav2vec2-256x1s", "wav2vec2-base, batches of 256 clips of 1 s",
+                  "backbones.py", *wav2vec2, "--batch", "256", "--seconds", "1"),
+        benchmark("wav2vec2-64x10s", "wav2vec2-base, batches of 64 clips of 10 s",
+                  "backbones.py", *wav2vec2, "--batch", "64", "--seconds", "10"),
+        benchmark("losses", "losses, forward and backward, against other implementations",
+                  "losses.py", *on, "--dim", "256", "--classes", "527", "--n", "8192", "65536"),
+        benchmark("tuning", "tuning steps against another trainer", "tuning.py", *on),
+        benchmark("probes", "probes against scikit-learn and torch.optim.LBFGS", "probes.py", *on),
+        benchmark("backbones", "every encoder: embedding, and a tuning step",
+                  "backbones.py", "--random", *on, *half, "--batch", "64"),
+        benchmark("embeddings", "the cost of ten times the clips", "embeddings.py", *on),
+        benchmark("predict", "classifying files against embedding them", "predict.py"),
+        benchmark("fewshot", "eight clips a class against other ways", "fewshot.py", *on),
+        reproduction("small", "the profile small, notebook by notebook", out),
+        reproduction("full", "what of the profile full the data at hand allows", out),
     ]
 
 
@@ -274,7 +279,7 @@ def last_line(log):
     """The last line of a log, which is the reason of a failure."""
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
     written = [line.strip() for line in lines if line.strip()]
-    return written[-1][:500] if written else "nothing was printed"
+    return written[-1].replace(str(REPO), ".")[:500] if written else "nothing was printed"
 
 
 def read_json(path, default=None):
@@ -401,7 +406,7 @@ def parsed_options():
 
 def print_steps(steps, out):
     for step in steps:
-        print(f"{step.name:<16} {' '.join(shown_command(step, out))}")
+        print(f"{step.name:<16} {step.what}\n{'':<16} {' '.join(shown_command(step, out))}")
 
 
 def main():

@@ -25,7 +25,7 @@ def out(tmp_path):
 
 
 def stand_in(gpu, name, code, *arguments, **options):
-    return gpu.Step(name, [sys.executable, "-c", code, *map(str, arguments)], **options)
+    return gpu.Step(name, f"stand-in {name}", [sys.executable, "-c", code, *map(str, arguments)], **options)
 
 
 def test_a_step_that_failed_does_not_stop_the_others_and_only_it_is_repeated(gpu, out, capsys):
@@ -89,3 +89,18 @@ def test_without_a_gpu_it_ends_in_one_line(gpu):
     if torch.cuda.is_available(): pytest.skip("there is a CUDA device")
     with pytest.raises(SystemExit, match="no CUDA device"):
         gpu.describe_machine("cuda")
+
+
+def test_the_page_shows_what_was_measured_and_names_what_was_not(gpu, out, repo, monkeypatch):
+    monkeypatch.syspath_prepend(repo / "docs")
+    from gpu_page import gpu_page
+    assert "no results of a GPU are committed" in gpu_page(out) and gpu_page(out).count("| not measured |") >= 13
+    records = [dict(name="mfu/net", ours=4e14, peer=8e14, peer_name="matrix product", ratio=.5, unit="FLOP/s"),
+               dict(name="step/net", ours=1234.5, peer=None, peer_name=None, ratio=None, unit="clips/s")]
+    write = f"import sys; open(sys.argv[sys.argv.index('--json') + 1], 'w').write({json.dumps(records)!r})"
+    machine = MACHINE | dict(matrix_rate=8e14, matrix_size=8192)
+    gpu.run_steps([stand_in(gpu, "tuning", write, json_option=True)], out, machine, None)
+    (out / "machine.json").write_text(json.dumps(machine))
+    page = gpu_page(out)
+    assert "| 800 TFLOP/s |" in page and "| mfu/net | 4e+14 FLOP/s | 8e+14 (matrix product) | 50 % |" in page
+    assert "| step/net | 1,234 clips/s | – | – |" in page and page.count("| not measured |") == 12
