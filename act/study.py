@@ -847,6 +847,25 @@ def _prepare(runs):
             sample_rate = load_backbone(backbone).sample_rate
             _task(task).waveforms(sample_rate)
 
+# %% ../nbs/api/15_study.ipynb #stu00312
+def _is_late():
+    """Whether the time has passed that ``ACT_DEADLINE`` names, in seconds since 1970."""
+    setting = os.environ.get("ACT_DEADLINE", "").strip()
+    if not setting:
+        return False
+    try:
+        return time.time() >= float(setting)
+    except ValueError:
+        raise StudyError(f"ACT_DEADLINE={setting}: set it to a time in seconds since 1970, as `date +%s` prints") from None
+
+
+def _check_time(records):
+    """An error if runs were left out because of the deadline."""
+    done = sum(record is not None for record in records.values())
+    if done < len(records) and _is_late():
+        raise StudyError(f"the time ACT_DEADLINE has passed: {done} of {len(records)} runs are finished and kept; "
+                         "run again for the rest")
+
 # %% ../nbs/api/15_study.ipynb #stu00305
 def _end_if_orphaned(parent):
     """End this worker process if the process that started it was killed."""
@@ -855,8 +874,10 @@ def _end_if_orphaned(parent):
 
 
 def _execute_in_worker(run, store, key, parts, parent):
-    """A run and its record."""
+    """A run and its record, or None instead of the record after the deadline."""
     _end_if_orphaned(parent)
+    if _is_late():
+        return run, None
     unpack_parts(parts)
     record = execute(run, store, key=key)
     return run, record
@@ -930,17 +951,19 @@ def execute_all(runs, store, jobs=None, progress=True):
     Raises
     ------
     StudyError
-        If a process is killed or the disk of the store is full. Finished runs are kept, and the same call
-        does the rest.
+        If a process is killed, the disk of the store is full or the time ``ACT_DEADLINE`` has passed. Finished
+        runs are kept, and the same call does the rest.
     """
     runs = list(runs)
     keys = {run: run_key(run) for run in dict.fromkeys(runs)}
     records = {run: store.get(run, key) for run, key in keys.items()}
     unfinished = {run: keys[run] for run, record in records.items() if record is None}
     if unfinished:
+        _check_time(records)
         _prepare(unfinished)
         jobs = min(jobs or default_jobs(), len(unfinished))
         records |= _in_parallel(unfinished, store, jobs, progress)
+        _check_time(records)
         _print_failures([records[run] for run in unfinished])
     return [records[run] for run in runs]
 
