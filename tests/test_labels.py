@@ -293,7 +293,8 @@ def faults():
     yield "signs as rows", dual((X, 2 * tags - 1)), "must hold 0 or 1; got -1 at"
     yield "classes as rows", dual((X, tags * 5)), "must hold 0 or 1; got 5"
     yield "infinity in rows", dual((X, np.where(tags, np.inf, 0))), "must hold 0 or 1; got inf"
-    yield ("a label that nobody knows", dual((X, np.where(np.arange(tags.shape[1]) == 1, np.nan, tags))),
+    nobody_knows = X, np.where(np.arange(tags.shape[1]) == 1, np.nan, tags)
+    yield ("a label that nobody knows", dual(nobody_knows, nobody_knows, nobody_knows),
            "the label in column 1 is not known for any clip")
     yield "names as rows", dual((X, np.stack([names, names], 1))), "names must have the shape (N,)"
     yield "half classes", dual((X, y + .5)), "continuous value"

@@ -1,6 +1,7 @@
 """Probes: parity with scikit-learn, determinism, neighbours with ties, metrics and intervals, scaling, faults."""
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -321,7 +322,8 @@ def test_each_label_is_fitted_to_the_clips_for_which_it_is_known(partly_known):
         known = ~column.isnan()
         alone = linear_path(X[known].double(), column[known].long(), Cs, tol=1e-9, standardize=False)
         torch.testing.assert_close(together.coef[:, label], alone.coef[:, 0], rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(together.intercept[:, label], alone.intercept[:, 0], rtol=1e-3, atol=1e-4)
+        logits = together.logits(X.double())[..., label], alone.logits(X.double())[..., 0]
+        torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-3)
 
 
 def test_neighbours_vote_for_the_labels_that_are_known_for_them(partly_known):
@@ -342,7 +344,8 @@ def test_neighbours_vote_for_the_labels_that_are_known_for_them(partly_known):
 def test_a_task_with_unknown_labels_is_read_without_them(partly_known):
     X, tags, y = partly_known
     split_of = np.repeat(["train", "valid", "test"], 300)
-    task = Task("partly", [f"clip {i}" for i in range(900)], (y == 1).float(), ("a", "b", "c"), split_of, known=~y.isnan())
+    clips = [SimpleNamespace(key=str(i), load=None) for i in range(900)]
+    task = Task("partly", clips, (y == 1).float(), ("a", "b", "c"), split_of, known=~y.isnan())
     found = probe_embedding(X.numpy(), task, n_resamples=20)
     parts = [(X[rows].numpy(), y[rows].numpy()) for rows in (slice(0, 300), slice(300, 600), slice(600, 900))]
     expected = dual_probe(*parts, n_resamples=0)
@@ -350,11 +353,9 @@ def test_a_task_with_unknown_labels_is_read_without_them(partly_known):
     for probe in ("linear", "knn"):
         result = getattr(found, probe)
         assert result.metrics == getattr(expected, probe).metrics
-        truth, scores = tags[600:].numpy(), result.scores
-        assert METRICS["mAP"](truth, scores) > METRICS["mAP"](truth, getattr(as_negatives, probe).scores)
-        for column in range(3):
-            known = ~np.isnan(parts[2][1][:, column])
-            assert 0 < average_precision_score(truth[known, column], scores[known, column]) <= 1
+        np.testing.assert_array_equal(result.scores, getattr(expected, probe).scores)
+        share = float(tags[600:].mean())                # negatives that nobody has checked would lower all scores
+        assert abs(result.scores.mean() - share) < abs(getattr(as_negatives, probe).scores.mean() - share)
         low, high = result.intervals["mAP"]
         assert low <= result.metrics["mAP"] <= high
 
