@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DISK_FULL', 'COMPUTING', 'REGISTRIES', 'ActError', 'ActWarning', 'import_extra', 'near_matches', 'full_path',
            'cache_path', 'cache_dir', 'replacing', 'write_atomic', 'executed_code', 'content_of', 'code_of', 'state_of',
-           'libraries_of', 'file_digest', 'versions', 'device_kind', 'Identity', 'identity', 'Registry',
+           'libraries_of', 'file_digest', 'versions', 'device_kind', 'true_float32', 'Identity', 'identity', 'Registry',
            'registered_code', 'pack_parts', 'unpack_parts']
 
 # %% ../nbs/api/00_core.ipynb #cor00003
@@ -783,6 +783,45 @@ def device_kind(device=None):
         name = torch.cuda.get_device_name(device)
         return f"cuda {name}"
     return device.type
+
+# %% ../nbs/api/00_core.ipynb #cor00404
+def _product_settings():
+    """What sets the precision of float32 products, its present value, and the value of true float32.
+
+    PyTorch has two interfaces. Reading the older raises if the newer has been used.
+    """
+    import torch
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        before = "highest"      # of the older interface; the newer one says otherwise
+    if before != "highest":
+        return torch.set_float32_matmul_precision, before, "highest"
+    products = torch.backends.cuda.matmul
+    before = getattr(products, "fp32_precision", "ieee")
+    return functools.partial(setattr, products, "fp32_precision"), before, "ieee"
+
+# %% ../nbs/api/00_core.ipynb #cor00405
+@contextlib.contextmanager
+def true_float32():
+    """Compute in true float32 within the block: no TF32 and no autocast. It also serves as a decorator.
+
+    Yields
+    ------
+    None
+        The settings are those of the whole process, and are restored at the end.
+    """
+    import torch
+    write, before, exact = _product_settings()
+    reduced = before not in (exact, "none")
+    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    with contextlib.ExitStack() as stack:
+        for kind in kinds:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        if reduced:
+            write(exact)
+            stack.callback(write, before)
+        yield
 
 # %% ../nbs/api/00_core.ipynb #cor00411
 def _in_words(there, here):

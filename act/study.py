@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'MAX_BLOCKS', 'GEOMETRY_CLIPS', 'REMEDIES', 'ALL', 'EXTENSIONS', 'StudyError', 'Run', 'code_digest',
-           'run_identity', 'run_key', 'read_record', 'Store', 'provenance', 'clip_blocks', 'jackknife', 'execute',
-           'run_embedding', 'default_jobs', 'execute_all', 'validation_score', 'trials_of', 'check_equal_trials',
-           'trial_runs', 'widest_grid', 'compare']
+           'run_identity', 'run_key', 'read_record', 'Store', 'provenance', 'clip_blocks', 'jackknife', 'run_threads',
+           'execute', 'run_embedding', 'default_jobs', 'execute_all', 'validation_score', 'trials_of',
+           'check_equal_trials', 'trial_runs', 'widest_grid', 'compare']
 
 # %% ../nbs/api/15_study.ipynb #stu00003
 import errno
@@ -42,8 +42,8 @@ from .core import (DISK_FULL, REGISTRIES, ActError, cache_dir, code_of, device_k
                       full_path, identity, pack_parts, unpack_parts, versions, write_atomic)
 from .embeddings import embed, fingerprint
 from .geometry import GeometryError, geometry, purity
-from .metrics import METRICS
-from .probes import probe_embedding
+from .metrics import METRICS, is_unknown
+from .probes import probe_device, probe_embedding
 from .tasks import SPLITS, load_task, source_state
 from .tuning import FROZEN, METHODS, TuneConfig, option_pairs, tune, tuning_functions
 
@@ -413,12 +413,13 @@ def _paired_data(predictions, labels):
     predictions : dict of str to ndarray (N,) or (N, K)
         For each probe, and for the classifier of the method if it has one: classes, or scores of K labels.
     labels : ndarray (N,) or (N, K)
-        Of the test clips.
+        Of the test clips; NaN where a label is not known.
 
     Returns
     -------
     dict
-        ``truth`` and ``predictions``; for sets of labels the predictions are ranks (N, K).
+        ``truth``, None where a label is not known, and ``predictions``; for sets of labels these are
+        ranks (N, K).
     """
     multilabel = labels.ndim == 2
     if multilabel and labels.size > MAX_RANKS:
@@ -428,7 +429,11 @@ def _paired_data(predictions, labels):
         if multilabel:
             predicted = rankdata(predicted, "dense", axis=0).astype(int)
         kept[name] = predicted.tolist()
-    return dict(truth=labels.astype(int).tolist(), predictions=kept)
+    unknown = is_unknown(labels)
+    truth = np.where(unknown, 0, labels).astype(int)
+    if unknown.any():
+        truth = np.where(unknown, None, truth)
+    return dict(truth=truth.tolist(), predictions=kept)
 
 # %% ../nbs/api/15_study.ipynb #stu00402
 def _group_numbers(task, indices):
@@ -598,7 +603,7 @@ def _drawn(indices, seed):
 
 def _geometry(z, labels):
     """Measures of geometry, and the purity of neighbourhoods by their size; empty if no two clips share a label."""
-    z = torch.from_numpy(z)
+    z = torch.from_numpy(z).to(probe_device())
     try:
         measures = geometry(z, labels).round(6)
         neighbours = purity(z, labels).round(6)
@@ -616,7 +621,7 @@ def _training_geometry(z, task, seed):
 # %% ../nbs/api/15_study.ipynb #stu00022
 def _probed(z, task):
     """Both probes on an embedding (N, D): fields of the record, and predictions for the test clips."""
-    dual = probe_embedding(z, task, n_resamples=0)
+    dual = probe_embedding(z, task, n_resamples=0, device=probe_device())
     probes = {probe: getattr(dual, probe) for probe in _CHOSEN}
     chosen = {name: probes[probe].chosen[name] for probe, name in _CHOSEN.items()}
     fields = dict(scores=_scores(dual, _metric_of(task)), chosen=chosen)
@@ -634,10 +639,11 @@ def _classified(outputs, task, rows):
         return None, {}
     predicted = outputs if task.multilabel else outputs.argmax(1)
     metric = _metric_of(task)
+    targets = task.targets
     scores = {}
     for split in ("test", "valid"):
         indices = rows[split]
-        score = METRICS[metric](task.labels[indices].numpy(), predicted[indices])
+        score = METRICS[metric](targets[indices].numpy(), predicted[indices])
         scores[split] = {metric: float(score)}
     return scores, dict(head=predicted[rows["test"]])
 
@@ -656,6 +662,7 @@ def _evaluated(embedding, task, seed):
     rows = {split: task.indices(split) for split in SPLITS}
     test = rows["test"]
     labels = task.labels[test]
+    targets = task.targets[test]
     probed, predictions = _probed(z, task)
     head, head_predictions = _classified(embedding.outputs, task, rows)
     predictions |= head_predictions
@@ -666,10 +673,10 @@ def _evaluated(embedding, task, seed):
         head=head,
         clips={split: len(indices) for split, indices in rows.items()},
         groups=groups,
-        jackknife=_jackknifed(task, labels, predictions, groups),
+        jackknife=_jackknifed(task, targets, predictions, groups),
         geometry=_geometry(z[test], labels),
         geometry_train=_training_geometry(z, task, seed),
-        **_paired_data(predictions, labels.numpy()))
+        **_paired_data(predictions, targets.numpy()))
 
 # %% ../nbs/api/15_study.ipynb #stu00221
 def _execute(run, folder, progress=False):
@@ -729,6 +736,16 @@ def _outcome(run, folder, progress):
         return _failure(e), isinstance(e, ActError)
 
 # %% ../nbs/api/15_study.ipynb #stu00243
+def _setting(name, otherwise):
+    """The whole number that an environment variable holds; `otherwise` if it is not set; None for auto."""
+    setting = os.environ.get(name, "").strip() or otherwise
+    if setting == "auto":
+        return None
+    if not setting.isdecimal() or int(setting) < 1:
+        raise StudyError(f"{name}={setting}: set it to a whole number from 1 up, or to auto")
+    return int(setting)
+
+
 @contextmanager
 def _threads(number):
     """Let torch compute with `number` threads inside the block."""
@@ -738,6 +755,29 @@ def _threads(number):
         yield
     finally:
         torch.set_num_threads(before)
+
+# %% ../nbs/api/15_study.ipynb #stu00601
+def run_threads():
+    """How many threads a run computes with.
+
+    Returns
+    -------
+    int
+        ``ACT_THREADS``, if it is set to a number. With ``auto``, which is meant on a GPU if nothing is set, the
+        threads that this process has a right to: of the cores that affinity and the quota of a container leave
+        it, or as ``OMP_NUM_THREADS`` says; joblib gives each worker its share of them. On a CPU 1 if nothing
+        is set.
+
+    Raises
+    ------
+    StudyError
+        If ``ACT_THREADS`` is neither a number from 1 up nor ``auto``.
+    """
+    otherwise = "auto" if torch.cuda.is_available() else "1"
+    number = _setting("ACT_THREADS", otherwise)
+    if number is not None:
+        return number
+    return min(torch.get_num_threads(), joblib.cpu_count())
 
 
 def _json_value(value):
@@ -776,7 +816,7 @@ def execute(run, store, progress=False, key=None):
     if finished is not None:
         return finished
     checkpoints = cache_dir() / "checkpoints" / key[:24]
-    with _threads(1):
+    with _threads(run_threads()):
         outcome, ended = _outcome(run, checkpoints, progress)
     fields = dict(asdict(run), options=dict(run.options))
     record = dict(key=key, run=fields, provenance=provenance(), code=code_digest(), **outcome)
@@ -831,12 +871,10 @@ def default_jobs():
     StudyError
         If ``ACT_JOBS`` is neither a number from 1 up nor ``auto``.
     """
-    setting = os.environ.get("ACT_JOBS", "").strip()
-    if setting in ("", "auto"):
-        return 1 if torch.cuda.is_available() else joblib.cpu_count()
-    if not setting.isdecimal() or int(setting) < 1:
-        raise StudyError(f"ACT_JOBS={setting}: set it to a whole number from 1 up, or to auto")
-    return int(setting)
+    jobs = _setting("ACT_JOBS", "auto")
+    if jobs is not None:
+        return jobs
+    return 1 if torch.cuda.is_available() else joblib.cpu_count()
 
 # %% ../nbs/api/15_study.ipynb #stu00303
 def _prepare(runs):
