@@ -646,7 +646,7 @@ def test_classification_losses_look_at_no_value_on_a_device(name, monkeypatch):
     targets = torch.tensor([[0., 1, math.nan], [1, 0, 1]]).repeat(3, 1)
     loss(x.to(FAR).requires_grad_(), targets.to(FAR)).backward()
     expected = value_and_gradient(lambda x: loss(x, targets), x)
-    monkeypatch.setattr("act.losses._on_cpu", lambda value: False)        # how a device computes it, with values
+    monkeypatch.setattr("act.losses._on_cpu", lambda value: not torch.is_tensor(value))        # how a device computes it, with values
     torch.testing.assert_close(value_and_gradient(lambda x: loss(x, targets), x), expected)
     assert loss(x, targets * math.nan).isnan()
     if name != "bce": assert loss(x, targets * .9).isnan()
@@ -654,7 +654,7 @@ def test_classification_losses_look_at_no_value_on_a_device(name, monkeypatch):
 
 def test_what_cannot_be_checked_on_a_device_makes_the_loss_nan(registered, monkeypatch):
     registered("negative")(lambda labels: -jaccard_again(labels))
-    monkeypatch.setattr("act.losses._on_cpu", lambda value: False)
+    monkeypatch.setattr("act.losses._on_cpu", lambda value: not torch.is_tensor(value))
     good = contrastive_loss(Z, TAGS, temperature=torch.tensor(.1))
     assert good.isfinite()
     assert contrastive_loss(Z, TAGS * .5).isnan() and contrastive_loss(Z, TAGS, temperature=torch.tensor(-.1)).isnan()
