@@ -416,9 +416,17 @@ def _over_replicates(differences):
     return add_errors(replicates.mean(), (stats.sem(replicates), n - 1))
 
 # %% ../nbs/api/16a_analysis.ipynb #ana00062
+def _true_labels(record):
+    "Labels of the test clips; NaN where one is not known."
+    labels = np.array(record["truth"])
+    if labels.dtype == object:
+        labels = labels.astype(float)
+    return labels
+
+
 def _over_clips(pair, probe, groups):
     "Compare the predictions of a probe on each clip, as an effect; `groups` (N,) or None."
-    truth = np.concatenate([fold[0]["truth"] for fold in pair.a])
+    truth = np.concatenate([_true_labels(fold[0]) for fold in pair.a])
     metric = pair.a[0][0]["metric"]
     if len(pair.a) > 1:
         metric = over_folds(metric, _fold_of_clip(pair, "truth"))

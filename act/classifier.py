@@ -41,7 +41,7 @@ from .audio import (Clip, audio_info, collate, read_audio, resample, seekable,
 from .backbones import CONFIG, Backbone, load_backbone
 from .core import ActError, file_digest, full_path, import_extra, replacing
 from .embeddings import default_fabric, default_max_samples, embed, frozen_embeddings
-from .metrics import METRICS
+from .metrics import METRICS, is_unknown
 from .probes import (MULTI_LABEL_METRICS, PENALTIES, SINGLE_LABEL_METRICS, KNNProbe, LinearProbe,
                         nearest, probe_embedding)
 from .tasks import (AUDIO_SUFFIXES, OWN_DATA, SPLITS, Task, _Listing, _task_of, csv_task, files_below,
@@ -59,7 +59,7 @@ def expected_calibration_error(y, probabilities, bins=15):
     Parameters
     ----------
     y : array (N,) or (N, K)
-        Columns of the true classes, or multi-hot rows.
+        Columns of the true classes, or multi-hot rows, NaN where a label is not known.
     probabilities : array (N, K)
     bins : int
         Of equal width, by confidence. With multi-hot rows, every pair of clip and label is a prediction.
@@ -79,8 +79,9 @@ def expected_calibration_error(y, probabilities, bins=15):
         confidence = p.max(axis=1)
         correct = p.argmax(axis=1) == y
     else:
-        confidence = p.ravel()
-        correct = y.ravel() > 0
+        known = ~is_unknown(y)
+        confidence = p[known]
+        correct = y[known] > 0
     bin_of = np.minimum((bins * confidence).astype(int), bins - 1)
     total_confidence = np.bincount(bin_of, confidence, minlength=bins)
     total_correct = np.bincount(bin_of, correct, minlength=bins)
@@ -170,11 +171,12 @@ def _fit_temperature(logits, columns):
 
 def _fit_platt(logits, y):
     """The calibration of a classifier with several labels per clip."""
-    pairs = [_platt(column, truth) for column, truth in zip(logits.T, y.T)]
+    columns = list(zip((~is_unknown(y)).T, y.T))
+    pairs = [_platt(column[known], truth[known]) for column, (known, truth) in zip(logits.T, columns)]
     slopes, intercepts = zip(*pairs)
     calibration = Calibration(slopes, intercepts)
     p = calibration.probabilities(logits, multilabel=True)
-    thresholds = [_best_threshold(column, truth) for column, truth in zip(p.T, y.T)]
+    thresholds = [_best_threshold(column[known], truth[known]) for column, (known, truth) in zip(p.T, columns)]
     return Calibration(slopes, intercepts, tuple(thresholds))
 
 # %% ../nbs/api/14_classifier.ipynb #clf00017
@@ -681,8 +683,8 @@ def _task_to_train(data, labels, sample_rate, groups):
 
 # %% ../nbs/api/14_classifier.ipynb #clf00026
 def _targets(task, rows, classes):
-    """Labels as columns of `classes`: ids (N,), -1 for other classes; or multi-hot rows (N, K)."""
-    labels = task.labels[torch.from_numpy(np.asarray(rows))].numpy()
+    """Labels as columns of `classes`: ids (N,), -1 for others; or multi-hot (N, K), NaN if unknown."""
+    labels = task.targets[torch.from_numpy(np.asarray(rows))].numpy()
     column_of = {name: column for column, name in enumerate(classes)}
     if task.multilabel:
         if set(task.classes) != set(classes):
@@ -807,10 +809,11 @@ def _label_scores(y, p, classes, thresholds):
     """Title and table of each label: average precision, threshold, and clips that have it."""
     rows = []
     for column, threshold in enumerate(thresholds):
-        truth = y[:, column]
+        known = ~is_unknown(y[:, column])
+        truth = y[known, column]
         precision = float("nan")
         if truth.any():
-            precision = average_precision_score(truth, p[:, column])
+            precision = average_precision_score(truth, p[known, column])
         rows.append((precision, threshold, int(truth.sum())))
     columns = ["average precision", "threshold", "clips"]
     frame = pd.DataFrame(rows, index=classes, columns=columns)
@@ -1384,7 +1387,7 @@ def _label_of_clip(self: AudioClassifier, row):
     label = self.knn.labels_[row]
     if not self.multilabel:
         return self.classes[int(self.knn.classes_[int(label)])]
-    return ", ".join(self.classes[i] for i in label.nonzero()[:, 0].tolist())
+    return ", ".join(self.classes[i] for i in (label == 1).nonzero()[:, 0].tolist())
 
 # %% ../nbs/api/14_classifier.ipynb #clf00150
 PLAYER_RATE = 16000         # Hz

@@ -786,7 +786,7 @@ def device_kind(device=None):
         return f"cuda {name}"
     return device.type
 
-# %% ../nbs/api/00_core.ipynb #cor00404
+# %% ../nbs/api/00_core.ipynb #cor00424
 def free_bytes(device):
     """Memory that is still available on a device.
 
@@ -808,7 +808,7 @@ def free_bytes(device):
     allocated = torch.cuda.memory_allocated(device)
     return free + reserved - allocated
 
-# %% ../nbs/api/00_core.ipynb #cor00405
+# %% ../nbs/api/00_core.ipynb #cor00425
 def _container_bytes(folder=Path("/sys/fs/cgroup")):
     """What the memory limit of a container leaves, cached files not counted; infinite without a limit."""
     try:
@@ -819,30 +819,44 @@ def _container_bytes(folder=Path("/sys/fs/cgroup")):
         return math.inf
     return limit - int(used["anon"])
 
-# %% ../nbs/api/00_core.ipynb #cor00408
-@contextlib.contextmanager
-def true_float32(device):
-    """Compute float32 products in float32 while the block runs: without autocast, and on CUDA without TF32.
+# %% ../nbs/api/00_core.ipynb #cor00404
+def _product_settings():
+    """What sets the precision of float32 products, its present value, and the value of true float32.
 
-    Parameters
-    ----------
-    device : torch.device
-        Where the block computes. TF32 is a setting of the process; it is put back afterwards.
+    PyTorch has two interfaces. Reading the older raises if the newer has been used.
     """
     import torch
-    matmul = torch.backends.cuda.matmul
-    is_reduced = device.type == "cuda" and matmul.fp32_precision == "tf32"
-    cast = contextlib.nullcontext()
-    if torch.amp.is_autocast_available(device.type):
-        cast = torch.autocast(device.type, enabled=False)
-    if is_reduced:
-        matmul.allow_tf32 = False
     try:
-        with cast:
-            yield
-    finally:
-        if is_reduced:
-            matmul.allow_tf32 = True
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        before = "highest"      # of the older interface; the newer one says otherwise
+    if before != "highest":
+        return torch.set_float32_matmul_precision, before, "highest"
+    products = torch.backends.cuda.matmul
+    before = getattr(products, "fp32_precision", "ieee")
+    return functools.partial(setattr, products, "fp32_precision"), before, "ieee"
+
+# %% ../nbs/api/00_core.ipynb #cor00405
+@contextlib.contextmanager
+def true_float32():
+    """Compute in true float32 within the block: no TF32 and no autocast. It also serves as a decorator.
+
+    Yields
+    ------
+    None
+        The settings are those of the whole process, and are restored at the end.
+    """
+    import torch
+    write, before, exact = _product_settings()
+    reduced = before not in (exact, "none")
+    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    with contextlib.ExitStack() as stack:
+        for kind in kinds:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        if reduced:
+            write(exact)
+            stack.callback(write, before)
+        yield
 
 # %% ../nbs/api/00_core.ipynb #cor00411
 def _in_words(there, here):

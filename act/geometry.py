@@ -19,7 +19,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.metrics import davies_bouldin_score
 
-from .core import ActError
+from .core import ActError, true_float32
 from .probes import nearest
 
 # %% ../nbs/api/13_geometry.ipynb #geo00006
@@ -33,6 +33,7 @@ def _jaccard(shared, sizes_a, sizes_b):
     return shared / union.clamp_min(1)
 
 # %% ../nbs/api/13_geometry.ipynb #geo00010
+@true_float32()
 def label_overlap(a, b):
     """Jaccard index of all pairs of label sets.
 
@@ -59,6 +60,11 @@ def label_overlap(a, b):
 _BLOCK_ROWS = 1024
 
 
+def _block_rows(z):
+    """Clips whose similarities to all others are in memory at a time; on a GPU more, to keep it busy."""
+    return 4 * _BLOCK_ROWS if z.is_cuda else _BLOCK_ROWS
+
+
 def _unit_rows(z):
     """Embeddings in float32, each divided by its length: (N, D)."""
     z = torch.as_tensor(z).float()
@@ -68,7 +74,7 @@ def _unit_rows(z):
 def _blocks(z):
     """Rows (n,), their similarities to all clips (n, N), a mask (n, N) that is 0 for the clip itself."""
     clips = torch.arange(len(z), device=z.device)
-    for rows in clips.split(_BLOCK_ROWS):
+    for rows in clips.split(_block_rows(z)):
         similarity = z[rows] @ z.T
         other = rows[:, None] != clips
         yield rows, similarity, other.float()
@@ -138,6 +144,7 @@ def _mean(total, weight, problem):
     return total / weight
 
 # %% ../nbs/api/13_geometry.ipynb #geo00015
+@true_float32()
 def alignment(z, labels):
     """Mean squared distance between embeddings that share a class, weighted by label overlap.
 
@@ -166,6 +173,7 @@ def alignment(z, labels):
     return 2 - 2 * similarity
 
 # %% ../nbs/api/13_geometry.ipynb #geo00022
+@true_float32()
 def uniformity(z, t=2.):
     """Logarithm of the mean Gaussian potential over pairs.
 
@@ -204,7 +212,10 @@ def uniformity(z, t=2.):
 def _singular_values(z):
     """Singular values of the centred embeddings, min(N, D) of them."""
     z = torch.as_tensor(z).double()
-    values = torch.linalg.svdvals(z - z.mean(0))
+    centred = z - z.mean(0)
+    if z.is_cuda and len(z) > z.shape[1]:
+        _, centred = torch.linalg.qr(centred, mode="r")      # (D, D) with the same singular values
+    values = torch.linalg.svdvals(centred)
     smallest = 1e-12 * z.abs().max()
     if z.shape[1] < 2 or values[0] <= smallest:
         raise GeometryError("the embeddings need two dimensions and some variance; they are all alike")
@@ -300,6 +311,7 @@ def dimension_contribution(z):
     return _mean(all_pairs - same, pairs, "a mean over pairs needs two embeddings")
 
 # %% ../nbs/api/13_geometry.ipynb #geo00036
+@true_float32()
 def intra_inter_ratio(z, labels):
     """Mean cosine distance within classes divided by that between classes.
 
@@ -361,6 +373,7 @@ def _overlap_distances(z, labels):
     return torch.cat(within), torch.cat(between)
 
 # %% ../nbs/api/13_geometry.ipynb #geo00039
+@true_float32()
 def silhouette(z, labels):
     """Mean silhouette under cosine distance.
 
@@ -441,6 +454,7 @@ def _overlap_with(labels, queries, index):
     return _jaccard(shared, sizes[queries][:, None], sizes[index])
 
 # %% ../nbs/api/13_geometry.ipynb #geo00046
+@true_float32()
 def purity(z, labels, ks=(1, 5, 10, 20, 50, 200), queries=None):
     """Mean label overlap of embeddings with their k nearest others.
 
@@ -470,7 +484,7 @@ def purity(z, labels, ks=(1, 5, 10, 20, 50, 200), queries=None):
     if not ks:
         raise GeometryError(f"purity needs more embeddings than neighbours; got {len(z)}")
     if queries is None:
-        queries = torch.arange(len(z))
+        queries = torch.arange(len(z), device=z.device)
     queries = torch.as_tensor(queries).to(z.device)
     _, index = nearest(z[queries], z, max(ks) + 1)          # the clip itself is among them
     index = _without_self(index, queries)
@@ -505,6 +519,7 @@ def _average_precisions(z, rows, overlap):
     return _precision_sums(retrieved, counts) / _precision_sums(best, counts)
 
 # %% ../nbs/api/13_geometry.ipynb #geo00705
+@true_float32()
 def map_at_r(z, labels):
     """Mean average precision at R under cosine similarity.
 
@@ -533,7 +548,7 @@ def map_at_r(z, labels):
     labels = torch.as_tensor(labels).to(z.device)
     clips = torch.arange(len(z), device=z.device)
     scores = []
-    for rows in clips.split(_BLOCK_ROWS):
+    for rows in clips.split(_block_rows(z)):
         overlap = label_overlap(labels[rows], labels)
         overlap[rows[:, None] == clips] = 0
         scores.append(_average_precisions(z, rows, overlap))
@@ -562,6 +577,7 @@ def _scatter_ratio(residual, M):
     return ratios.sum() / len(M)
 
 # %% ../nbs/api/13_geometry.ipynb #geo00051
+@true_float32()
 def neural_collapse(z, labels, weights=None):
     """Distance from the four limits of neural collapse, for embeddings as they are (not normalised).
 
@@ -587,7 +603,7 @@ def neural_collapse(z, labels, weights=None):
     Papyan, Han & Donoho, PNAS 2020.
     """
     z = torch.as_tensor(z).double()
-    sums, ids, counts = _sum_by_class(z, torch.as_tensor(labels))
+    sums, ids, counts = _sum_by_class(z, torch.as_tensor(labels).to(z.device))
     C = len(counts)
     if C < 2:
         raise GeometryError("neural collapse needs two classes; got one")
@@ -604,19 +620,21 @@ def neural_collapse(z, labels, weights=None):
         "nc4": correct.double().mean(),
     }
     if weights is not None:
-        W = torch.as_tensor(weights).double()
+        W = torch.as_tensor(weights).to(z)
         difference = W / W.norm() - M / M.norm()
         values["nc3"] = difference.norm()
     values = {name: float(value) for name, value in values.items()}
     return pd.Series(values).sort_index()
 
 # %% ../nbs/api/13_geometry.ipynb #geo00058
+@true_float32()
 def geometry(z, labels, k=20):
     """Every measure of this page.
 
     Parameters
     ----------
     z : Tensor (N, D)
+        On any device.
     labels : LongTensor (N,) or multi-hot (N, C)
         Measures that are defined for class ids only are left out for multi-hot rows.
     k : int
@@ -632,7 +650,8 @@ def geometry(z, labels, k=20):
     GeometryError
         If a measure is not defined for these embeddings or labels.
     """
-    labels = torch.as_tensor(labels)
+    z = torch.as_tensor(z)
+    labels = torch.as_tensor(labels).to(z.device)
     k = min(k, len(z) - 1)
     values = {
         "alignment": alignment(z, labels),

@@ -88,7 +88,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, b):
         ctx.save_for_backward(a, b)
-        with true_float32(a.device):
+        with true_float32():
             return a @ b
 
     @staticmethod
@@ -483,7 +483,7 @@ def _loss_and_anchors(z, labels, kind, temperature, threshold, block, dense):
     _check_blocks(block, dense)
     _check_kind(kind, threshold)
     labels, was_checked = _labels_for(z, labels, kind)
-    with true_float32(z.device):
+    with true_float32():
         loss, anchors = _computed_loss(z, labels, kind, temperature, threshold, block, dense)
         if not was_checked: loss = _or_nan(loss, _is_binary(labels))
     return loss, anchors

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEIGHBOURS', 'PENALTIES', 'check_embeddings', 'LinearProbe', 'nearest', 'KNNProbe', 'ProbeResult', 'DualProbe',
-           'dual_probe', 'probe_embedding', 'probe']
+           'probe_device', 'dual_probe', 'probe_embedding', 'probe']
 
 # %% ../nbs/api/12_probes.ipynb #pro00003
 import warnings
@@ -21,12 +21,19 @@ from scipy import sparse
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
 
+from .core import true_float32
 from .metrics import (METRICS, ProbeError, bootstrap_interval, check_array, check_labels, check_resampling,
-                         check_same_kind, class_ids, to_numpy)
-from .solver import linear_path
+                         check_same_kind, class_ids, is_unknown, mAP_of_tensor, to_numpy)
+from .solver import check_known, linear_path
 
 # %% ../nbs/api/12_probes.ipynb #pro00216
 _ROWS_AT_ONCE = 1024    # how many embeddings are compared or checked at a time, which bounds the memory
+
+
+def _rows_at_once(x):
+    """`_ROWS_AT_ONCE`, or more of a tensor on a GPU, which is busy only with many."""
+    on_gpu = torch.is_tensor(x) and x.is_cuda
+    return 8192 if on_gpu else _ROWS_AT_ONCE
 
 
 def _as_numbers(X, name):
@@ -46,8 +53,9 @@ def _as_numbers(X, name):
 # %% ../nbs/api/12_probes.ipynb #prb00020
 def _check_finite(X, name="the embeddings"):
     """Make sure that no value is NaN or infinite."""
-    for start in range(0, len(X), _ROWS_AT_ONCE):
-        block = X[start:start + _ROWS_AT_ONCE]
+    rows = _rows_at_once(X)
+    for start in range(0, len(X), rows):
+        block = X[start:start + rows]
         finite = torch.as_tensor(_as_numbers(block, name)).isfinite()
         if not finite.all():
             row = start + int(finite.logical_not().any(1).nonzero()[0])
@@ -129,6 +137,7 @@ def _encode_labels(y, X):
 
     if labels.ndim == 2:
         targets = torch.as_tensor(labels, device=X.device, dtype=X.dtype)
+        check_known(targets)
         return targets, np.arange(labels.shape[1]), True
     classes, ids = np.unique(labels, return_inverse=True)
     if len(classes) < 2:
@@ -156,9 +165,11 @@ def _labels_like_training(probe, y, count, name="labels"):
 def _main_metric(probe, y, scores):
     """Accuracy of labels (N,), or mean average precision of multi-hot rows, for scores (N, K)."""
     if probe.multilabel_:
-        return METRICS["mAP"](y, scores)
+        if torch.is_tensor(scores) and scores.is_cuda:
+            return mAP_of_tensor(y, scores)
+        return METRICS["mAP"](y, to_numpy(scores))
     (columns, ids), _ = class_ids(probe.classes_, y)
-    predicted = columns[scores.argmax(1)]
+    predicted = columns[to_numpy(scores.argmax(1))]
     return float(np.mean(predicted == ids))
 
 
@@ -195,7 +206,7 @@ class _Probe(ClassifierMixin, BaseEstimator):
         """Accuracy, or mean average precision (macro) for multi-label tasks."""
         check_is_fitted(self)
         y = _labels_like_training(self, y, len(X))
-        return _main_metric(self, y, to_numpy(self.predict_proba(X)))
+        return _main_metric(self, y, self.predict_proba(X))
 
 # %% ../nbs/api/12_probes.ipynb #pro00075
 def _as_probabilities(logits, multilabel):
@@ -211,7 +222,10 @@ def _log_loss(probe, y, p):
     """Mean cross-entropy over the clips whose class occurred in training; NaN if there are none."""
     p = p.clip(1e-12, 1)
     if probe.multilabel_:
-        p_of_truth = np.where(y, p, 1 - p + 1e-12)
+        p_of_truth = np.where(y == 1, p, 1 - p + 1e-12)
+        unknown = is_unknown(y)
+        if unknown.any():
+            p_of_truth = p_of_truth[~unknown]
         return float(-np.log(p_of_truth).mean())
     (columns, ids), _ = class_ids(probe.classes_, y)
     true_column = ids[:, None] == columns
@@ -224,8 +238,9 @@ def _validation_table(probe, path, Cs, x, y):
     """Score and loss of every penalty on validation clips."""
     records = []
     for C, logits in zip(Cs, path.logits(x)):
-        p = to_numpy(_as_probabilities(logits, probe.multilabel_))
-        records.append((C, _main_metric(probe, y, p), _log_loss(probe, y, p)))
+        p = _as_probabilities(logits, probe.multilabel_)
+        loss = _log_loss(probe, y, to_numpy(p))
+        records.append((C, _main_metric(probe, y, p), loss))
     return pd.DataFrame(records, columns=["C", _metric_name(probe), "loss"])
 
 
@@ -273,6 +288,7 @@ class _LinearModel(_Probe):
         self.objective_ = float(path.objective[best])
         self.n_iter_ = int(path.n_iter[best])
 
+    @true_float32()
     def _logits(self, x):
         model = []
         for part in (self.coef_, self.intercept_, self.mean_, self.scale_):
@@ -374,7 +390,7 @@ def _top_k(similarity, k):
 # %% ../nbs/api/12_probes.ipynb #pro00087
 def _nearest_in_bank(queries, bank, k):
     """Neighbours of a few normalised queries, with the bank read in blocks."""
-    block = 4 * _ROWS_AT_ONCE
+    block = 4 * _rows_at_once(bank)
     best = None
     for start in range(0, len(bank), block):
         rows = F.normalize(bank[start:start + block], dim=1)
@@ -388,10 +404,11 @@ def _nearest_in_bank(queries, bank, k):
     return best
 
 # %% ../nbs/api/12_probes.ipynb #prb00024
+@true_float32()
 def _nearest_unchecked(queries, bank, k):
     """`nearest`, for arguments that have been checked."""
     values, index = [], []
-    for rows in queries.split(_ROWS_AT_ONCE):
+    for rows in queries.split(_rows_at_once(queries)):
         normalised = F.normalize(rows, dim=1)
         block_values, block_index = _nearest_in_bank(normalised, bank, k)
         values.append(block_values)
@@ -406,6 +423,7 @@ def nearest(queries, bank, k):
     ----------
     queries : Tensor (Q, D)
     bank : Tensor (N, D)
+        On the same device; TF32 and autocast are off.
     k : int
         Neighbours; at most N.
 
@@ -436,21 +454,40 @@ def _add_vote(votes, labels, weight):
         votes.addcmul_(labels, weight[:, None])
 
 # %% ../nbs/api/12_probes.ipynb #prb00025
+def _weights(similarity, temperature):
+    """Weights (n, k) of the votes of neighbours, relative to that of the nearest."""
+    if temperature is None:
+        return torch.ones_like(similarity)
+    to_nearest = similarity - similarity[:, :1]
+    return (to_nearest / temperature).exp()
+
+
 def _scores_by_k(similarity, index, labels, classes, ks, temperature):
     """Scores (n, classes) for each of the rising `ks`.
 
     `similarity`, `index` (n, k) are those of the nearest clips, whose labels are (N,) or (N, classes).
     """
-    weight = torch.ones_like(similarity)
-    if temperature is not None:
-        to_nearest = similarity - similarity[:, :1]
-        weight = (to_nearest / temperature).exp()
+    weight = _weights(similarity, temperature)
     votes = similarity.new_zeros(len(similarity), classes)
     for j in range(max(ks)):
         _add_vote(votes, labels[index[:, j]], weight[:, j])
         for _ in range(ks.count(j + 1)):
             total = weight[:, :j + 1].sum(1, keepdim=True)
             yield votes / total
+
+# %% ../nbs/api/12_probes.ipynb #prb00041
+def _known_scores_by_k(similarity, index, labels, ks, temperature):
+    """`_scores_by_k` for multi-hot rows (N, L) in which NaN marks an unknown label."""
+    weight = _weights(similarity, temperature)
+    share = labels.nanmean(0)                             # (L,)
+    votes = similarity.new_zeros(len(similarity), labels.shape[1])
+    total = torch.zeros_like(votes)
+    for j in range(max(ks)):
+        of_neighbour = labels[index[:, j]]                # (n, L)
+        _add_vote(votes, of_neighbour.nan_to_num(0), weight[:, j])
+        _add_vote(total, (~of_neighbour.isnan()).to(total), weight[:, j])
+        for _ in range(ks.count(j + 1)):
+            yield torch.where(total > 0, votes / total, share)
 
 # %% ../nbs/api/12_probes.ipynb #prb00028
 def _is_count(k):
@@ -475,11 +512,13 @@ class _NeighbourVotes(_Probe):
         ks = [min(k, len(self.bank_)) for k in ks]
         similarity, index = _nearest_unchecked(x, self.bank_.to(x), max(ks))
         labels = self.labels_.to(x.device)
+        if labels.isnan().any():
+            return _known_scores_by_k(similarity, index, labels, ks, self.temperature)
         return _scores_by_k(similarity, index, labels, len(self.classes_), ks, self.temperature)
 
     def _scores(self, x):
         blocks = []
-        for rows in x.split(_ROWS_AT_ONCE):
+        for rows in x.split(_rows_at_once(x)):
             scores = next(self._sweep_scores(rows, [self.k]))
             blocks.append(scores)
         return torch.cat(blocks)
@@ -540,7 +579,7 @@ class KNNProbe(_NeighbourVotes):
         ks = sorted({min(k, len(self.bank_)) for k in ks})
         x = _input_tensor(self, X)
         y = _labels_like_training(self, y, len(x))
-        by_k = [_main_metric(self, y, to_numpy(scores)) for scores in self._sweep_scores(x, ks)]
+        by_k = [_main_metric(self, y, scores) for scores in self._sweep_scores(x, ks)]
         return pd.DataFrame({"k": ks, _metric_name(self): by_k})
 
 # %% ../nbs/api/12_probes.ipynb #pro00097
@@ -754,14 +793,39 @@ def _unfitted_probes(Cs, k, temperature, n_resamples):
         check_resampling(n_resamples, level=.95, seed=0)
     return linear, knn
 
+# %% ../nbs/api/12_probes.ipynb #prb00044
+def probe_device():
+    """Where a study reads its embeddings.
+
+    Returns
+    -------
+    torch.device or None
+        The GPU (CUDA), if there is one; None otherwise, that is where the embeddings are.
+    """
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return None
+
+
+def _moved(pair, device):
+    """Embeddings on a device, and their labels; as they are without a device."""
+    if device is None:
+        return pair
+    X, y = pair
+    if not torch.is_tensor(X):
+        X = torch.from_numpy(np.array(to_numpy(X)))
+    return X.to(device), y
+
 # %% ../nbs/api/12_probes.ipynb #pro00099a1
-def dual_probe(train, valid, test, classes=None, Cs=PENALTIES, k=20, temperature=.07, n_resamples=1000):
+def dual_probe(train, valid, test, classes=None, Cs=PENALTIES, k=20, temperature=.07, n_resamples=1000,
+               device=None):
     """Classify frozen embeddings with a linear and a k-NN probe.
 
     Parameters
     ----------
     train, valid, test : pair of (N, D) and (N,) or (N, K)
-        Embeddings, and classes or multi-hot rows; arrays, data frames, lists or tensors.
+        Embeddings, and classes or multi-hot rows; arrays, data frames, lists or tensors. In rows, NaN marks
+        a label that is not known: its clip is left out of the fit, the votes and the metrics of that label.
     classes : sequence of str, optional
         Names of the classes.
     Cs : sequence of float
@@ -772,6 +836,9 @@ def dual_probe(train, valid, test, classes=None, Cs=PENALTIES, k=20, temperature
         Of the k-NN probe.
     n_resamples : int
         Bootstrap resamples of the intervals; 0 for none.
+
+    device : torch.device or str, optional
+        Where both probes compute, in float32 or float64 without TF32; by default where the embeddings are.
 
     Returns
     -------
@@ -785,6 +852,7 @@ def dual_probe(train, valid, test, classes=None, Cs=PENALTIES, k=20, temperature
     linear, knn = _unfitted_probes(Cs, k, temperature, n_resamples)
     train, valid, test = _checked_sides(train, valid, test)
 
+    train, valid, test = (_moved(pair, device) for pair in (train, valid, test))
     linear.fit(*train, validation=valid)
     knn.fit(*train)
     sizes = tuple(len(y) for _, y in (train, valid, test))
@@ -795,7 +863,7 @@ def dual_probe(train, valid, test, classes=None, Cs=PENALTIES, k=20, temperature
     return DualProbe(of_linear, of_knn, sizes, classes, n_resamples)
 
 # %% ../nbs/api/12_probes.ipynb #prb00032
-def probe_embedding(z, task, Cs=PENALTIES, k=20, temperature=.07, n_resamples=1000):
+def probe_embedding(z, task, Cs=PENALTIES, k=20, temperature=.07, n_resamples=1000, device=None):
     """Read the embedding of a task with both probes.
 
     Parameters
@@ -803,8 +871,8 @@ def probe_embedding(z, task, Cs=PENALTIES, k=20, temperature=.07, n_resamples=10
     z : array or Tensor (N, D)
         The embedding of each clip of the task, in their order.
     task : Task
-        With training, validation and test clips.
-    Cs, k, temperature, n_resamples
+        With training, validation and test clips. Labels that are not known count as neither 0 nor 1.
+    Cs, k, temperature, n_resamples, device
         As for `dual_probe`.
 
     Returns
@@ -820,10 +888,11 @@ def probe_embedding(z, task, Cs=PENALTIES, k=20, temperature=.07, n_resamples=10
         raise ProbeError(f"{len(z)} embeddings, but the task {task.name} has {len(task)} clips")
     task.require("train", "valid", "test")
     parts = []
+    targets = task.targets
     for side in ("train", "valid", "test"):
         rows = task.indices(side)
-        parts.append((z[rows], task.labels[rows].numpy()))
-    return dual_probe(*parts, task.classes, Cs, k, temperature, n_resamples)
+        parts.append((z[rows], targets[rows].numpy()))
+    return dual_probe(*parts, task.classes, Cs, k, temperature, n_resamples, device)
 
 # %% ../nbs/api/12_probes.ipynb #prb00033
 def probe(backbone, task, batch=64, max_seconds=None, progress=True, Cs=PENALTIES, k=20, temperature=.07,
@@ -865,4 +934,4 @@ def probe(backbone, task, batch=64, max_seconds=None, progress=True, Cs=PENALTIE
     if isinstance(backbone, (str, PathLike)):
         backbone = load_backbone(backbone)
     z = embed(backbone, task, batch, progress=progress, max_seconds=max_seconds)
-    return probe_embedding(z, task, Cs, k, temperature, n_resamples)
+    return probe_embedding(z, task, Cs, k, temperature, n_resamples, probe_device())

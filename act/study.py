@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FROZEN', 'PACKAGES', 'MAX_BLOCKS', 'GEOMETRY_CLIPS', 'REMEDIES', 'ALL', 'EXTENSIONS', 'StudyError', 'Run',
            'code_digest', 'run_identity', 'run_key', 'read_record', 'Store', 'provenance', 'clip_blocks', 'jackknife',
-           'execute', 'run_embedding', 'visible_gpus', 'default_jobs', 'execute_all', 'validation_score', 'trials_of',
-           'check_equal_trials', 'trial_runs', 'widest_grid', 'compare']
+           'run_threads', 'execute', 'run_embedding', 'visible_gpus', 'default_jobs', 'execute_all', 'validation_score',
+           'trials_of', 'check_equal_trials', 'trial_runs', 'widest_grid', 'compare']
 
 # %% ../nbs/api/15_study.ipynb #stu00003
 import errno
@@ -44,8 +44,8 @@ from .core import (DISK_FULL, REGISTRIES, ActError, cache_dir, code_of, device_k
                       full_path, identity, pack_parts, unpack_parts, versions, write_atomic)
 from .embeddings import embed, fingerprint
 from .geometry import GeometryError, geometry, purity
-from .metrics import METRICS
-from .probes import dual_probe
+from .metrics import METRICS, is_unknown
+from .probes import dual_probe, probe_device
 from .tasks import SPLITS, load_task, source_state
 from .tuning import METHODS, TuneConfig, option_pairs, tune, tuning_functions
 
@@ -418,12 +418,13 @@ def _paired_data(predictions, labels):
     predictions : dict of str to ndarray (N,) or (N, K)
         For each probe, and for the classifier of the method if it has one: classes, or scores of K labels.
     labels : ndarray (N,) or (N, K)
-        Of the test clips.
+        Of the test clips; NaN where a label is not known.
 
     Returns
     -------
     dict
-        ``truth`` and ``predictions``; for sets of labels the predictions are ranks (N, K).
+        ``truth``, None where a label is not known, and ``predictions``; for sets of labels these are
+        ranks (N, K).
     """
     multilabel = labels.ndim == 2
     if multilabel and labels.size > MAX_RANKS:
@@ -433,7 +434,11 @@ def _paired_data(predictions, labels):
         if multilabel:
             predicted = rankdata(predicted, "dense", axis=0).astype(int)
         kept[name] = predicted.tolist()
-    return dict(truth=labels.astype(int).tolist(), predictions=kept)
+    unknown = is_unknown(labels)
+    truth = np.where(unknown, 0, labels).astype(int)
+    if unknown.any():
+        truth = np.where(unknown, None, truth)
+    return dict(truth=truth.tolist(), predictions=kept)
 
 # %% ../nbs/api/15_study.ipynb #stu00402
 def _group_numbers(task, indices):
@@ -603,7 +608,7 @@ def _drawn(indices, seed):
 
 def _geometry(z, labels):
     """Measures of geometry, and the purity of neighbourhoods by their size; empty if no two clips share a label."""
-    z = torch.from_numpy(z)
+    z = torch.from_numpy(z).to(probe_device())
     try:
         measures = geometry(z, labels).round(6)
         neighbours = purity(z, labels).round(6)
@@ -621,8 +626,9 @@ def _training_geometry(z, task, seed):
 # %% ../nbs/api/15_study.ipynb #stu00022
 def _probed(z, task, rows):
     """Both probes on an embedding (N, D): fields of the record, and predictions for the test clips."""
-    parts = [(z[indices], task.labels[indices].numpy()) for indices in rows.values()]
-    dual = dual_probe(*parts, classes=task.classes, n_resamples=0)
+    targets = task.targets
+    parts = [(z[indices], targets[indices].numpy()) for indices in rows.values()]
+    dual = dual_probe(*parts, classes=task.classes, n_resamples=0, device=probe_device())
     probes = {probe: getattr(dual, probe) for probe in _CHOSEN}
     chosen = {name: probes[probe].chosen[name] for probe, name in _CHOSEN.items()}
     fields = dict(scores=_scores(dual, _metric_of(task)), chosen=chosen)
@@ -640,10 +646,11 @@ def _classified(outputs, task, rows):
         return None, {}
     predicted = outputs if task.multilabel else outputs.argmax(1)
     metric = _metric_of(task)
+    targets = task.targets
     scores = {}
     for split in ("test", "valid"):
         indices = rows[split]
-        score = METRICS[metric](task.labels[indices].numpy(), predicted[indices])
+        score = METRICS[metric](targets[indices].numpy(), predicted[indices])
         scores[split] = {metric: float(score)}
     return scores, dict(head=predicted[rows["test"]])
 
@@ -662,6 +669,7 @@ def _evaluated(embedding, task, seed):
     rows = {split: task.indices(split) for split in SPLITS}
     test = rows["test"]
     labels = task.labels[test]
+    targets = task.targets[test]
     probed, predictions = _probed(z, task, rows)
     head, head_predictions = _classified(embedding.outputs, task, rows)
     predictions |= head_predictions
@@ -672,10 +680,10 @@ def _evaluated(embedding, task, seed):
         head=head,
         clips={split: len(indices) for split, indices in rows.items()},
         groups=groups,
-        jackknife=_jackknifed(task, labels, predictions, groups),
+        jackknife=_jackknifed(task, targets, predictions, groups),
         geometry=_geometry(z[test], labels),
         geometry_train=_training_geometry(z, task, seed),
-        **_paired_data(predictions, labels.numpy()))
+        **_paired_data(predictions, targets.numpy()))
 
 # %% ../nbs/api/15_study.ipynb #stu00221
 def _execute(run, folder, progress=False):
@@ -735,6 +743,16 @@ def _outcome(run, folder, progress):
         return _failure(e), isinstance(e, ActError)
 
 # %% ../nbs/api/15_study.ipynb #stu00243
+def _setting(name, otherwise):
+    """The whole number that an environment variable holds; `otherwise` if it is not set; None for auto."""
+    setting = os.environ.get(name, "").strip() or otherwise
+    if setting == "auto":
+        return None
+    if not setting.isdecimal() or int(setting) < 1:
+        raise StudyError(f"{name}={setting}: set it to a whole number from 1 up, or to auto")
+    return int(setting)
+
+
 @contextmanager
 def _threads(number):
     """Let torch compute with `number` threads inside the block."""
@@ -744,6 +762,29 @@ def _threads(number):
         yield
     finally:
         torch.set_num_threads(before)
+
+# %% ../nbs/api/15_study.ipynb #stu00601
+def run_threads():
+    """How many threads a run computes with.
+
+    Returns
+    -------
+    int
+        ``ACT_THREADS``, if it is set to a number. With ``auto``, which is meant on a GPU if nothing is set, the
+        threads that this process has a right to: of the cores that affinity and the quota of a container leave
+        it, or as ``OMP_NUM_THREADS`` says; joblib gives each worker its share of them. On a CPU 1 if nothing
+        is set.
+
+    Raises
+    ------
+    StudyError
+        If ``ACT_THREADS`` is neither a number from 1 up nor ``auto``.
+    """
+    otherwise = "auto" if torch.cuda.is_available() else "1"
+    number = _setting("ACT_THREADS", otherwise)
+    if number is not None:
+        return number
+    return min(torch.get_num_threads(), joblib.cpu_count())
 
 
 def _json_value(value):
@@ -756,7 +797,7 @@ def _json_value(value):
 def _executed(run, store, key, progress):
     """Do a run and write its record."""
     checkpoints = cache_dir() / "checkpoints" / key[:24]
-    with _threads(1):
+    with _threads(run_threads()):
         outcome, ended = _outcome(run, checkpoints, progress)
     fields = dict(asdict(run), options=dict(run.options))
     record = dict(key=key, run=fields, provenance=provenance(), code=code_digest(), **outcome)
@@ -917,14 +958,12 @@ def default_jobs():
     StudyError
         If ``ACT_JOBS`` is neither a number from 1 up nor ``auto``.
     """
-    setting = os.environ.get("ACT_JOBS", "").strip()
-    if setting in ("", "auto"):
-        if torch.backends.mps.is_available():
-            return 1
-        return len(visible_gpus()) or joblib.cpu_count()
-    if not setting.isdecimal() or int(setting) < 1:
-        raise StudyError(f"ACT_JOBS={setting}: set it to a whole number from 1 up, or to auto")
-    return int(setting)
+    jobs = _setting("ACT_JOBS", "auto")
+    if jobs is not None:
+        return jobs
+    if torch.backends.mps.is_available():
+        return 1
+    return len(visible_gpus()) or joblib.cpu_count()
 
 # %% ../nbs/api/15_study.ipynb #stu00303
 def _prepare(runs):

@@ -144,7 +144,8 @@ def test_workers_share_the_gpus_evenly(tmp_path, monkeypatch):
 
 
 def test_the_caller_keeps_all_its_gpus(tmp_path, monkeypatch):
-    gpus_stand_in(monkeypatch, 2, "0,1")
+    monkeypatch.setattr(study, "visible_gpus", lambda: ["0", "1"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     execute_all([Run("words-4", "no-such")], Store(tmp_path), jobs=1, progress=False)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1" and not study._TAKEN
 
@@ -159,19 +160,19 @@ def test_worker_processes_see_one_gpu_each(tmp_path, monkeypatch):
         import time
         from pathlib import Path
         from act.backbones import load_backbone
-        Path(folder, f"{os.getpid()}.gpu").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
+        Path(folder, f"{os.getpid()}.gpu").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
         time.sleep(1)                                  # so that every worker gets a run
         return load_backbone("log-mel")
 
-    gpus_stand_in(monkeypatch, 2, "4,6")
+    monkeypatch.setattr(study, "visible_gpus", lambda: ["4", "6"])
     try:
         grid = [Run("words-4", "spy-gpu", seed=seed) for seed in range(6)]
         records = execute_all(grid, Store(tmp_path / "store"), jobs=3, progress=False)
     finally:
-        del backbones._BACKBONES["spy-gpu"]
+        del backbones._BUILDERS["spy-gpu"]
     assert {record["status"] for record in records} == {"done"}
     seen = {int(path.stem): path.read_text() for path in tmp_path.glob("*.gpu")}
-    assert seen.pop(os.getpid(), "4,6") == "4,6"       # it prepares the clips
+    del seen[os.getpid()]                              # it prepares the clips
     assert set(seen.values()) == {"4", "6"} and len(seen) == 3
 
 
