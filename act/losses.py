@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CONTRASTIVE_LOSSES', 'LOSSES', 'CPU_ROWS', 'DEVICE_BYTES', 'CLASSIFICATION_LOSSES', 'LossError', 'soft_target_loss',
-           'pair_weights', 'contrastive_loss', 'ContrastiveLoss', 'count_positives', 'valid_anchors', 'cached_step',
-           'gather_rows', 'gathered_loss', 'binary_cross_entropy', 'focal_loss', 'asymmetric_loss', 'register_loss']
+           'pair_weights', 'contrastive_loss', 'ContrastiveLoss', 'count_positives', 'valid_anchors', 'graph_leaves',
+           'cached_step', 'gather_rows', 'gathered_loss', 'binary_cross_entropy', 'focal_loss', 'asymmetric_loss',
+           'register_loss']
 
 # %% ../nbs/api/08_losses.ipynb #los00003
 import inspect
@@ -700,6 +701,32 @@ def _restore(generators, states):
     for generator, state in zip(generators, states):
         generator.set_rng_state(state)
 
+# %% ../nbs/api/08_losses.ipynb #los00224
+def graph_leaves(value):
+    """The tensors that require a gradient and that a value is computed from.
+
+    Parameters
+    ----------
+    value : Tensor
+        With a graph, or without one.
+
+    Returns
+    -------
+    list of Tensor
+        Each once, in no particular order.
+    """
+    leaves = []
+    seen = set()
+    nodes = [value.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen: continue
+        seen.add(node)
+        if node.name() == "torch::autograd::AccumulateGrad":
+            leaves.append(node.variable)
+        nodes.extend(parent for parent, _ in node.next_functions)
+    return leaves
+
 # %% ../nbs/api/08_losses.ipynb #los00095
 def _embed_all(encode, inputs, generators):
     """Embeddings of all micro-batches, without a graph, and the random states that each began with."""
@@ -709,21 +736,6 @@ def _embed_all(encode, inputs, generators):
         with torch.no_grad():
             embeddings.append(encode(batch))
     return embeddings, states
-
-
-def _leaves(loss):
-    """The tensors that require a gradient and that a loss is computed from, each once."""
-    leaves = []
-    seen = set()
-    nodes = [loss.grad_fn]
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen: continue
-        seen.add(node)
-        if node.name() == "torch::autograd::AccumulateGrad":
-            leaves.append(node.variable)
-        nodes.extend(parent for parent, _ in node.next_functions)
-    return leaves
 
 
 def _with_gradients(leaves, grads):
@@ -784,7 +796,7 @@ def cached_step(encode, inputs, loss_fn, backward=torch.Tensor.backward, no_sync
     dtype = torch.promote_types(z.dtype, torch.float32)
     z = z.to(dtype).requires_grad_()
     loss = loss_fn(z)
-    parameters = [leaf for leaf in _leaves(loss) if leaf is not z]      # of the loss itself
+    parameters = [leaf for leaf in graph_leaves(loss) if leaf is not z]      # of the loss itself
     of_z, *of_parameters = torch.autograd.grad(loss, [z, *parameters], allow_unused=True)
     if of_z is None: raise LossError("the loss does not depend on the embeddings that loss_fn is given")
     grads = of_z.split([len(part) for part in embeddings])

@@ -825,6 +825,8 @@ def _claimed(store, key, wait):
     try:
         yield True
     finally:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)        # who waits for it notices, and makes a new one
         lock.release()
 
 # %% ../nbs/api/15_study.ipynb #stu24403
