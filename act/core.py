@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DISK_FULL', 'COMPUTING', 'REGISTRIES', 'ActError', 'ActWarning', 'import_extra', 'near_matches', 'full_path',
            'cache_path', 'cache_dir', 'replacing', 'write_atomic', 'executed_code', 'content_of', 'code_of', 'state_of',
-           'libraries_of', 'file_digest', 'versions', 'device_kind', 'true_float32', 'Identity', 'identity', 'Registry',
-           'registered_code', 'pack_parts', 'unpack_parts']
+           'libraries_of', 'file_digest', 'versions', 'device_kind', 'free_bytes', 'true_float32', 'Identity',
+           'identity', 'Registry', 'registered_code', 'pack_parts', 'unpack_parts']
 
 # %% ../nbs/api/00_core.ipynb #cor00003
 import ast
@@ -21,6 +21,7 @@ import importlib
 import importlib.metadata
 import io
 import json
+import math
 import os
 import pickle
 import re
@@ -32,6 +33,7 @@ from pathlib import Path, PurePath
 
 import numpy as np
 import platformdirs
+import psutil
 
 import act
 
@@ -783,6 +785,39 @@ def device_kind(device=None):
         name = torch.cuda.get_device_name(device)
         return f"cuda {name}"
     return device.type
+
+# %% ../nbs/api/00_core.ipynb #cor00424
+def free_bytes(device):
+    """Memory that is still available on a device.
+
+    Parameters
+    ----------
+    device : torch.device
+
+    Returns
+    -------
+    float
+        Bytes. On CUDA the memory that torch holds but does not use is among them.
+    """
+    if device.type != "cuda":
+        available = psutil.virtual_memory().available
+        return min(available, _container_bytes())
+    import torch
+    free, _ = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device)
+    allocated = torch.cuda.memory_allocated(device)
+    return free + reserved - allocated
+
+# %% ../nbs/api/00_core.ipynb #cor00425
+def _container_bytes(folder=Path("/sys/fs/cgroup")):
+    """What the memory limit of a container leaves, cached files not counted; infinite without a limit."""
+    try:
+        limit = int((folder / "memory.max").read_text())
+        lines = (folder / "memory.stat").read_text().splitlines()
+        used = dict(line.split() for line in lines)
+    except (OSError, ValueError):
+        return math.inf
+    return limit - int(used["anon"])
 
 # %% ../nbs/api/00_core.ipynb #cor00404
 def _product_settings():

@@ -16,7 +16,6 @@ from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 import torch.nn.functional as F
 from filelock import FileLock
@@ -187,29 +186,10 @@ def _batch_bytes(device):
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         usual = GPU_SHARE * properties.total_memory
-    return min(usual, FREE_SHARE * _free_bytes(device))
+    return min(usual, FREE_SHARE * free_bytes(device))
 
 # %% ../nbs/api/07_embeddings.ipynb #emb00101b
-def _free_bytes(device):
-    """Memory that is still available on a device."""
-    if device.type != "cuda":
-        available = psutil.virtual_memory().available
-        return min(available, _container_bytes())
-    free, _ = torch.cuda.mem_get_info(device)
-    reserved = torch.cuda.memory_reserved(device)
-    allocated = torch.cuda.memory_allocated(device)
-    return free + reserved - allocated
-
-
-def _container_bytes(folder=Path("/sys/fs/cgroup")):
-    """What the memory limit of a container leaves, cached files not counted; infinite without a limit."""
-    try:
-        limit = int((folder / "memory.max").read_text())
-        lines = (folder / "memory.stat").read_text().splitlines()
-        used = dict(line.split() for line in lines)
-    except (OSError, ValueError):
-        return math.inf
-    return limit - int(used["anon"])
+from act.core import free_bytes
 
 # %% ../nbs/api/07_embeddings.ipynb #emb00102b
 def _kept_bytes(backbone, x):

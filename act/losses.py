@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['CONTRASTIVE_LOSSES', 'LOSSES', 'CPU_ROWS', 'DEVICE_BYTES', 'CLASSIFICATION_LOSSES', 'LossError', 'soft_target_loss',
-           'pair_weights', 'contrastive_loss', 'ContrastiveLoss', 'count_positives', 'valid_anchors', 'cached_step',
-           'gather_rows', 'gathered_loss', 'binary_cross_entropy', 'focal_loss', 'asymmetric_loss', 'register_loss']
+           'pair_weights', 'contrastive_loss', 'ContrastiveLoss', 'count_positives', 'valid_anchors', 'graph_leaves',
+           'cached_step', 'gather_rows', 'gathered_loss', 'binary_cross_entropy', 'focal_loss', 'asymmetric_loss',
+           'register_loss']
 
 # %% ../nbs/api/08_losses.ipynb #los00003
 import inspect
-import os
+import math
 import warnings
 from contextlib import nullcontext
-from functools import update_wrapper
+from functools import lru_cache, update_wrapper
 from numbers import Real
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .core import ActError, Registry
+from .core import ActError, Registry, free_bytes, true_float32
 
 # %% ../nbs/api/08_losses.ipynb #los00200
 class LossError(ActError):
@@ -33,18 +34,32 @@ def _unit(z):
     z = z.to(dtype)
     length = z.norm(dim=1, keepdim=True)                         # (N, 1)
     zero = length == 0
-    divisor = torch.where(zero, 1, length)
-    return torch.where(zero, 0, z / divisor)
+    divisor = length.masked_fill(zero, 1)
+    return (z / divisor).masked_fill(zero, 0)
 
 # %% ../nbs/api/08_losses.ipynb #los00202
+def _on_cpu(value):
+    """Whether the host can look at a value without waiting for a device."""
+    return not torch.is_tensor(value) or value.device.type == "cpu"
+
+
+def _or_nan(value, usable):
+    """A tensor times one where `usable` () is true, else NaN, as is its gradient."""
+    one = usable.to(value.dtype)
+    return value * one.masked_fill(~usable, torch.nan)
+
+
 def _checked_temperature(temperature, like=None):
     """A number as it is, a tensor of one number as a scalar of the type and on the device of `like`."""
     if torch.is_tensor(temperature):
         if temperature.numel() != 1:
             raise LossError(f"temperature must be one number; got the shape {tuple(temperature.shape)}")
-        if like is not None: temperature = temperature.reshape(()).to(like)
+        if like is not None: temperature = temperature.reshape(()).to(like, non_blocking=True)
     elif not isinstance(temperature, Real):
         raise LossError(f"temperature must be a number; got {temperature!r}")
+    if not _on_cpu(temperature):
+        usable = (temperature > 0) & temperature.isfinite()
+        return _or_nan(temperature, usable)
     value = float(torch.as_tensor(temperature).detach())
     if not 0 < value < float("inf"): raise LossError(f"temperature must be positive and finite; got {value}")
     return temperature
@@ -62,9 +77,34 @@ def _check_weights(weights, rows, count):
     if tuple(weights.shape) != shape:
         raise LossError(f"pair weights must have the shape {shape}, one column per clip; got "
                         f"{tuple(weights.shape)}")
+    if not _on_cpu(weights): return
     if not (weights >= 0).all(): raise LossError("pair weights must not be negative or NaN")
     if weights.diagonal(offset=rows.start).any():
         raise LossError("pair weights must be zero on the diagonal, where a clip meets itself")
+
+# %% ../nbs/api/08_losses.ipynb #los00220
+class _Product(torch.autograd.Function):
+    """Matrix product in true float32, also in the backward pass, which runs outside of `true_float32`."""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        with true_float32():
+            return a @ b
+
+    @staticmethod
+    def backward(ctx, upstream):
+        a, b = ctx.saved_tensors
+        of_b = _Product.apply(upstream.T, a).T                   # as autograd computes it, bit by bit
+        return _Product.apply(upstream, b.T), of_b
+
+
+_product = _Product.apply
+
+
+def _usable(weights):
+    """Whether pair weights (N, N) on a device are what `_check_weights` wants, as a tensor ()."""
+    return (weights >= 0).all() & ~weights.diagonal().any()
 
 # %% ../nbs/api/08_losses.ipynb #los00011
 def soft_target_loss(z, weights, temperature=.1):
@@ -87,7 +127,8 @@ def soft_target_loss(z, weights, temperature=.1):
     Raises
     ------
     LossError
-        If the weights are no such matrix, or the temperature is not positive.
+        If the weights are no such matrix, or the temperature is not positive. On a GPU, where looking at
+        values would halt every step, wrong ones make the loss NaN instead.
 
     References
     ----------
@@ -98,13 +139,14 @@ def soft_target_loss(z, weights, temperature=.1):
     _check_weights(weights, slice(0, count), count)
     z = _unit(z)
     temperature = _checked_temperature(temperature, z)
-    logits = z @ z.T / temperature                               # (N, N)
+    logits = _product(z, z.T) / temperature                      # (N, N)
     itself = torch.eye(count, dtype=torch.bool, device=z.device)
     lowest = torch.finfo(z.dtype).min
     log_p = F.log_softmax(logits.masked_fill(itself, lowest), dim=1)
     valid = weights.sum(1) > 0
     anchors = valid.sum().clamp_min(1)
-    return -(weights * log_p).sum() / anchors
+    loss = -(weights * log_p).sum() / anchors
+    return loss if _on_cpu(weights) else _or_nan(loss, _usable(weights))
 
 # %% ../nbs/api/08_losses.ipynb #los00017
 def _checked_labels(labels, count=None):
@@ -122,10 +164,15 @@ def _checked_labels(labels, count=None):
                         "labels as (N, C))")
     if labels.ndim == 2 and shape[1] == 1:
         raise LossError(f"labels of shape {shape} may be ids or one label; for class ids pass shape (N,)")
-    if labels.ndim == 2 and not ((labels == 0) | (labels == 1)).all():
+    if labels.ndim == 2 and _on_cpu(labels) and not _is_binary(labels):
         raise LossError("multi-hot labels must be 0 or 1; for class ids pass shape (N,), for soft labels "
                         "use soft_target_loss")
     return labels
+
+
+def _is_binary(labels):
+    """Whether all entries are 0 or 1, as a tensor ()."""
+    return ((labels == 0) | (labels == 1)).all()
 
 
 def _label_tensor(labels):
@@ -277,11 +324,18 @@ def _takes_embeddings(kind):
     return getattr(_function_of(kind), "of_embeddings", False)
 
 
+def _as_multi_hot(labels):
+    """Class ids (N,) as rows (N, C), one column for each class that occurs."""
+    if labels.ndim == 2: return labels
+    _, class_of = labels.unique(return_inverse=True)
+    return F.one_hot(class_of)
+
+
 def _own_weight_rows(builder, labels, kind, dtype):
     """The row builder of a registered function of multi-hot labels, whose rows are checked."""
     if _takes_embeddings(kind):
         raise LossError(f"{kind!r} is a loss of embeddings, which has no pair weights")
-    if labels.ndim == 1: labels = F.one_hot(labels.unique(return_inverse=True)[1])
+    labels = _as_multi_hot(labels)
     weights = builder(labels.to(dtype))
 
     def rows(i):
@@ -290,7 +344,7 @@ def _own_weight_rows(builder, labels, kind, dtype):
         w = w.to(labels.device, dtype, copy=True)
         if w.ndim == 2: w = _without_self(w, i)
         _check_weights(w, i, len(labels))
-        return w
+        return w if _on_cpu(w) else _or_nan(w, (w >= 0).all())
     return rows
 
 # %% ../nbs/api/08_losses.ipynb #los00212
@@ -398,27 +452,13 @@ _LIVE_MATRICES = 4         # matrices of a block that exist at once
 _FEWEST_ROWS = 8
 
 
-def _free_bytes(device):
-    """Free memory of `device`, or a guess where it cannot be read."""
-    if device.type == "cuda":
-        reserved = torch.cuda.memory_reserved(device)
-        idle = reserved - torch.cuda.memory_allocated(device)
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + idle
-    names = getattr(os, "sysconf_names", ())
-    if device.type == "cpu" and "SC_AVPHYS_PAGES" in names:
-        pages = os.sysconf("SC_AVPHYS_PAGES")
-        return pages * os.sysconf("SC_PAGE_SIZE")
-    return 4 * DEVICE_BYTES
-
-
-def _block_rows(z):
-    """Number of anchors per block, from the free memory."""
-    row_bytes = _LIVE_MATRICES * len(z) * z.element_size()
-    row_bytes = max(1, row_bytes)
-    preferred = CPU_ROWS if z.device.type == "cpu" else DEVICE_BYTES // row_bytes
-    quarter = _free_bytes(z.device) // 4
-    affordable = quarter // row_bytes
+@lru_cache(maxsize=1024)
+def _block_rows(count, item_bytes, device):
+    """Number of anchors per block for `count` clips, decided once: then all steps of a run use the same."""
+    row_bytes = max(1, _LIVE_MATRICES * count * item_bytes)
+    preferred = CPU_ROWS if device.type == "cpu" else DEVICE_BYTES // row_bytes
+    quarter = free_bytes(device) // 4
+    affordable = int(quarter // row_bytes)
     return max(_FEWEST_ROWS, min(preferred, affordable))
 
 # %% ../nbs/api/08_losses.ipynb #los00058
@@ -428,24 +468,41 @@ def _check_blocks(block, dense):
     if dense: raise LossError("dense=True holds the whole matrix; leave out block, or dense")
 
 
+def _labels_for(z, labels, kind):
+    """Checked labels on the device of `z`, and whether their values could be checked."""
+    labels = _checked_labels(labels, len(z))
+    was_checked = labels.ndim == 1 or _on_cpu(labels)
+    if kind not in _BUILT_IN and not _takes_embeddings(kind):
+        labels = _as_multi_hot(labels)          # before they are copied: the number of classes is read
+    return labels.to(z.device, non_blocking=True), was_checked
+
+# %% ../nbs/api/08_losses.ipynb #los00221
 def _loss_and_anchors(z, labels, kind, temperature, threshold, block, dense):
     """The loss, and the number of anchors it is a mean of."""
     _checked_embeddings(z)
     _checked_temperature(temperature)
     _check_blocks(block, dense)
     _check_kind(kind, threshold)
-    labels = _checked_labels(labels, len(z)).to(z.device)
-    with torch.autocast(z.device.type, enabled=False):
-        if _takes_embeddings(kind): return _own_loss(z, labels, kind, temperature)
-        z = _unit(z)
-        temperature = _checked_temperature(temperature, z)
-        rows = _weight_rows(labels, kind, threshold, z.dtype)
-        if dense:
-            w = rows(slice(0, len(z)))
-            return soft_target_loss(z, w, temperature), (w.sum(1) > 0).sum()
-        learned = z.requires_grad or (torch.is_tensor(temperature) and temperature.requires_grad)
-        with_grad = learned and torch.is_grad_enabled()
-        return _BlockedLoss.apply(z, temperature, rows, block or _block_rows(z), with_grad)
+    labels, was_checked = _labels_for(z, labels, kind)
+    with true_float32():
+        loss, anchors = _computed_loss(z, labels, kind, temperature, threshold, block, dense)
+        if not was_checked: loss = _or_nan(loss, _is_binary(labels))
+    return loss, anchors
+
+
+def _computed_loss(z, labels, kind, temperature, threshold, block, dense):
+    """The same for checked labels on the device of `z`."""
+    if _takes_embeddings(kind): return _own_loss(z, labels, kind, temperature)
+    z = _unit(z)
+    temperature = _checked_temperature(temperature, z)
+    rows = _weight_rows(labels, kind, threshold, z.dtype)
+    if dense:
+        w = rows(slice(0, len(z)))
+        return soft_target_loss(z, w, temperature), (w.sum(1) > 0).sum()
+    learned = z.requires_grad or (torch.is_tensor(temperature) and temperature.requires_grad)
+    with_grad = learned and torch.is_grad_enabled()
+    block = block or _block_rows(len(z), z.element_size(), z.device)
+    return _BlockedLoss.apply(z, temperature, rows, block, with_grad)
 
 # %% ../nbs/api/08_losses.ipynb #los00059
 def contrastive_loss(z, labels, kind="supcon", temperature=.1, threshold=.3, block=None, dense=False):
@@ -472,19 +529,21 @@ def contrastive_loss(z, labels, kind="supcon", temperature=.1, threshold=.3, blo
     Returns
     -------
     Tensor ()
-        Mean over the anchors that have a positive. If none has one: zero, with a graph, and a warning.
+        Mean over the anchors that have a positive. If none has one: zero, with a graph, and, unless `z` is on
+        a GPU, a warning.
 
     Raises
     ------
     LossError
-        If shapes, types or settings are out of range; the message names the value and the remedy.
+        If shapes, types or settings are out of range; the message names the value and the remedy. Values of
+        tensors on a GPU are not looked at; there, wrong labels or a wrong temperature make the loss NaN.
 
     References
     ----------
     Khosla et al., NeurIPS 2020 (eq. 2); Zhang & Wu, AAAI 2024; pytorch-metric-learning #658.
     """
     loss, anchors = _loss_and_anchors(z, labels, kind, temperature, threshold, block, dense)
-    if not anchors:
+    if _on_cpu(anchors) and not anchors:
         warnings.warn(f"no clip of this batch has a positive ({kind}): its loss is 0", stacklevel=2)
     return loss
 
@@ -509,7 +568,8 @@ class ContrastiveLoss(nn.Module):
     anchor_share : float
         Share of the last batch's clips that had a positive.
     empty_batches : int
-        Batches so far in which no clip had one; their loss is 0. The first one is warned about.
+        Batches so far in which no clip had one; their loss is 0. The first one is warned about, unless it is
+        on a GPU. Reading either attribute waits for the GPU; computing the loss does not.
 
     Raises
     ------
@@ -524,19 +584,28 @@ class ContrastiveLoss(nn.Module):
         _check_blocks(block, dense)
         self.temperature = temperature
         self.settings = dict(kind=kind, threshold=threshold, block=block, dense=dense)
-        self.anchor_share, self.empty_batches = float("nan"), 0
+        self._anchors, self._clips = None, 0          # of the last batch
+        self._empty_batches = 0
+
+    @property
+    def anchor_share(self):
+        return math.nan if self._anchors is None else int(self._anchors) / max(self._clips, 1)
+
+    @property
+    def empty_batches(self):
+        return int(self._empty_batches)
 
     def forward(self, z, labels):
         loss, anchors = _loss_and_anchors(z, labels, temperature=self.temperature, **self.settings)
-        self.anchor_share = int(anchors) / max(len(z), 1)
-        if self.anchor_share == 0: self._count_empty()
+        self._anchors, self._clips = anchors, len(z)
+        is_empty = anchors == 0
+        if _on_cpu(anchors) and is_empty and not self._empty_batches: self._warn_of_empty()
+        self._empty_batches = self._empty_batches + is_empty.long()
         return loss
 
-    def _count_empty(self):
-        if not self.empty_batches:
-            kind = self.settings["kind"]
-            warnings.warn(f"a batch in which no clip has a positive ({kind}): its loss is 0", stacklevel=3)
-        self.empty_batches += 1
+    def _warn_of_empty(self):
+        kind = self.settings["kind"]
+        warnings.warn(f"a batch in which no clip has a positive ({kind}): its loss is 0", stacklevel=3)
 
     def extra_repr(self):
         kind = self.settings["kind"]
@@ -546,6 +615,28 @@ class ContrastiveLoss(nn.Module):
             if value is not None:
                 parts.append(f"{name}={value!r}")
         return ", ".join(parts)
+
+# %% ../nbs/api/08_losses.ipynb #los00223
+def _positives_by_rows(weight_rows, clips, block):
+    """The positives of each row of a pair matrix (N, N) whose columns stand for so many clips (N,)."""
+    counts = [clips.new_zeros(0)]
+    for start in range(0, len(clips), block):
+        rows = slice(start, min(start + block, len(clips)))
+        is_positive = weight_rows(rows) > 0
+        counts.append((is_positive * clips).sum(1))
+    return torch.cat(counts).long()
+
+
+def _positives_by_sets(labels, kind, threshold, block):
+    """The positives of each clip, from each label set that occurs and its number of clips."""
+    sets, set_of, clips = labels.unique(dim=0, return_inverse=True, return_counts=True)
+    alike = clips - 1                                            # clips with the same set
+    if labels.ndim == 1: return alike[set_of]
+    if kind == "mulsupcon": kind = "any"                         # the same pairs, with other weights
+    weight_rows = _weight_rows(sets, kind, threshold)
+    others = _positives_by_rows(weight_rows, clips.float(), block)
+    has_labels = sets.any(1)
+    return (others + alike * has_labels)[set_of]
 
 # %% ../nbs/api/08_losses.ipynb #los00071b
 def count_positives(labels, kind="supcon", threshold=.3, block=1024):
@@ -558,7 +649,8 @@ def count_positives(labels, kind="supcon", threshold=.3, block=1024):
     kind, threshold
         As in `contrastive_loss`.
     block : int
-        Rows looked at in one go; class ids are counted without looking at pairs.
+        Rows looked at in one go. On a CPU, equal label sets are one row, and class ids are counted without
+        looking at pairs.
 
     Returns
     -------
@@ -569,15 +661,10 @@ def count_positives(labels, kind="supcon", threshold=.3, block=1024):
     _check_kind(kind, threshold)
     _check_blocks(block, dense=False)
     if _takes_embeddings(kind): kind = "any"
-    if labels.ndim == 1 and kind in _BUILT_IN:
-        _, class_of, clips = labels.unique(return_inverse=True, return_counts=True)
-        return clips[class_of] - 1
-    weight_rows = _weight_rows(labels, kind, threshold)
-    counts = [labels.new_zeros(0, dtype=torch.long)]
-    for start in range(0, len(labels), block):
-        rows = slice(start, min(start + block, len(labels)))
-        counts.append((weight_rows(rows) > 0).sum(1))
-    return torch.cat(counts)
+    if kind not in _BUILT_IN or not _on_cpu(labels):
+        weight_rows = _weight_rows(labels, kind, threshold)
+        return _positives_by_rows(weight_rows, torch.ones(len(labels), device=labels.device), block)
+    return _positives_by_sets(labels, kind, threshold, block)
 
 # %% ../nbs/api/08_losses.ipynb #los00071
 def valid_anchors(labels, kind="supcon", threshold=.3, block=1024):
@@ -596,39 +683,41 @@ def valid_anchors(labels, kind="supcon", threshold=.3, block=1024):
     return count_positives(labels, kind, threshold, block) > 0
 
 # %% ../nbs/api/08_losses.ipynb #los00093
-def _generators():
-    """Modules that hold a random state: the CPU's, and the current accelerator's if there is one."""
+def _generators(device=None):
+    """Modules that hold a random state: of the CPU, and of a device or any accelerator there is."""
     generators = [torch.random]
-    if torch.accelerator.is_available():
+    if device is None and torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator()
+    if device is not None and device.type != "cpu":
         generators.append(torch.get_device_module(device))
     return generators
 
 
-def _random_states():
-    return [generator.get_rng_state() for generator in _generators()]
+def _random_states(generators):
+    return [generator.get_rng_state() for generator in generators]
 
 
-def _restore(states):
-    for generator, state in zip(_generators(), states):
+def _restore(generators, states):
+    for generator, state in zip(generators, states):
         generator.set_rng_state(state)
 
-# %% ../nbs/api/08_losses.ipynb #los00095
-def _embed_all(encode, inputs):
-    """Embeddings of all micro-batches, without a graph, and the random states that each began with."""
-    embeddings, states = [], []
-    for batch in inputs:
-        states.append(_random_states())
-        with torch.no_grad():
-            embeddings.append(encode(batch))
-    return embeddings, states
+# %% ../nbs/api/08_losses.ipynb #los00224
+def graph_leaves(value):
+    """The tensors that require a gradient and that a value is computed from.
 
+    Parameters
+    ----------
+    value : Tensor
+        With a graph, or without one.
 
-def _leaves(loss):
-    """The tensors that require a gradient and that a loss is computed from, each once."""
+    Returns
+    -------
+    list of Tensor
+        Each once, in no particular order.
+    """
     leaves = []
     seen = set()
-    nodes = [loss.grad_fn]
+    nodes = [value.grad_fn]
     while nodes:
         node = nodes.pop()
         if node is None or node in seen: continue
@@ -637,6 +726,16 @@ def _leaves(loss):
             leaves.append(node.variable)
         nodes.extend(parent for parent, _ in node.next_functions)
     return leaves
+
+# %% ../nbs/api/08_losses.ipynb #los00095
+def _embed_all(encode, inputs, generators):
+    """Embeddings of all micro-batches, without a graph, and the random states that each began with."""
+    embeddings, states = [], []
+    for batch in inputs:
+        states.append(_random_states(generators))
+        with torch.no_grad():
+            embeddings.append(encode(batch))
+    return embeddings, states
 
 
 def _with_gradients(leaves, grads):
@@ -648,7 +747,8 @@ def _with_gradients(leaves, grads):
     return total
 
 
-def cached_step(encode, inputs, loss_fn, backward=torch.Tensor.backward, no_sync=nullcontext):
+def cached_step(encode, inputs, loss_fn, backward=torch.Tensor.backward, no_sync=nullcontext,
+                device=None):
     """Gradient of a loss over one large batch, from micro-batches that fit in memory.
 
     Adds to the ``.grad`` of the parameters of encoder and loss exactly what
@@ -670,6 +770,10 @@ def cached_step(encode, inputs, loss_fn, backward=torch.Tensor.backward, no_sync
         Makes a context for all backward passes but the last, for example
         ``lambda: fabric.no_backward_sync(model)``: then processes exchange gradients once.
 
+    device : torch.device, optional
+        Where `encode` computes; only the random states of the CPU and of this device are kept. By default
+        also that of any accelerator there is.
+
     Returns
     -------
     Tensor ()
@@ -686,30 +790,31 @@ def cached_step(encode, inputs, loss_fn, backward=torch.Tensor.backward, no_sync
     """
     inputs = list(inputs)
     if not inputs: raise LossError("cached_step needs at least one micro-batch; got none")
-    embeddings, states = _embed_all(encode, inputs)
+    generators = _generators(device)
+    embeddings, states = _embed_all(encode, inputs, generators)
     z = torch.cat(embeddings)
     dtype = torch.promote_types(z.dtype, torch.float32)
     z = z.to(dtype).requires_grad_()
     loss = loss_fn(z)
-    parameters = [leaf for leaf in _leaves(loss) if leaf is not z]      # of the loss itself
+    parameters = [leaf for leaf in graph_leaves(loss) if leaf is not z]      # of the loss itself
     of_z, *of_parameters = torch.autograd.grad(loss, [z, *parameters], allow_unused=True)
     if of_z is None: raise LossError("the loss does not depend on the embeddings that loss_fn is given")
     grads = of_z.split([len(part) for part in embeddings])
-    after = _random_states()
+    after = _random_states(generators)
     last = len(inputs) - 1
     for i, (batch, state, grad) in enumerate(zip(inputs, states, grads)):
-        _restore(state)
+        _restore(generators, state)
         if i < last:
             with no_sync():
                 backward((encode(batch) * grad).sum())
         else:
             of_loss = _with_gradients(parameters, of_parameters)
             backward((encode(batch) * grad).sum() + of_loss)
-    _restore(after)
+    _restore(generators, after)
     return loss.detach()
 
 # %% ../nbs/api/08_losses.ipynb #los00101
-def gather_rows(fabric, x, sync_grads=False):
+def gather_rows(fabric, x, sync_grads=False, sizes=None):
     """Rows of all processes, joined in the order of their ranks.
 
     Parameters
@@ -720,24 +825,34 @@ def gather_rows(fabric, x, sync_grads=False):
         Rows of this process; n may differ from process to process, also be 0.
     sync_grads : bool
         Whether gradients flow back to the process a row came from.
+    sizes : sequence of int, optional
+        Rows of each process, where all of them know it: then one exchange less, and no wait for the device.
 
     Returns
     -------
     Tensor (N, ...)
         The same on every process; N is the sum of all n.
+
+    Raises
+    ------
+    LossError
+        If `x` has not as many rows as `sizes` says.
     """
-    counts = fabric.all_gather(len(x))
-    counts = counts.reshape(-1).tolist()
-    missing = max(counts) - len(x)                               # all processes must send equally many rows
+    if sizes is None:
+        sizes = fabric.all_gather(len(x)).reshape(-1).tolist()
+    own = sizes[fabric.global_rank]
+    if own != len(x):
+        raise LossError(f"process {fabric.global_rank} has {len(x)} rows; sizes says {own}")
+    missing = max(sizes) - len(x)                                # all processes must send equally many rows
     padding = x.new_zeros(missing, *x.shape[1:])
     padded = torch.cat([x, padding])
     parts = fabric.all_gather(padded, sync_grads=sync_grads)
-    parts = parts.reshape(len(counts), *padded.shape)
-    rows = [part[:count] for part, count in zip(parts, counts)]
+    parts = parts.reshape(len(sizes), *padded.shape)
+    rows = [part[:count] for part, count in zip(parts, sizes)]
     return torch.cat(rows)
 
 
-def gathered_loss(fabric, z, labels, loss):
+def gathered_loss(fabric, z, labels, loss, sizes=None):
     """Loss of the joined batch of all processes; the gradient flows back to each process's embeddings.
 
     Parameters
@@ -750,6 +865,8 @@ def gathered_loss(fabric, z, labels, loss):
         Their labels.
     loss : callable
         (embeddings (N, D), labels (N, ...)) -> scalar, for example a `ContrastiveLoss`.
+    sizes : sequence of int, optional
+        Rows of each process, as in `gather_rows`.
 
     Returns
     -------
@@ -758,30 +875,48 @@ def gathered_loss(fabric, z, labels, loss):
         data-parallel training takes the mean over W processes.
     """
     if fabric.world_size > 1:
-        labels = gather_rows(fabric, labels.to(z.device))
-        z = gather_rows(fabric, z, sync_grads=True)
+        labels = gather_rows(fabric, labels.to(z.device, non_blocking=True), sizes=sizes)
+        z = gather_rows(fabric, z, sync_grads=True, sizes=sizes)
     return loss(z, labels)
 
 # %% ../nbs/api/08_losses.ipynb #los00105
 def _checked_targets(logits, targets):
-    """Logits and multi-hot targets in float32 or better: both (B, C), or the n known entries (n,) of them."""
+    """Logits and multi-hot targets in float32 or better, and which entries are known.
+
+    On a CPU known entries are picked out, (n,), and the last is None. On a device, where that would halt the
+    host, all three are (B, C), and unknown targets are 0.
+    """
     if logits.shape != targets.shape:
         shapes = f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)}"
         raise LossError(f"{shapes} differ in shape; targets must be multi-hot, (B, C)")
     dtype = torch.promote_types(logits.dtype, torch.float32)
     logits, targets = logits.to(dtype), targets.to(dtype)
     unknown = targets.isnan()
+    if not _on_cpu(targets):
+        return logits, targets.masked_fill(unknown, 0), ~unknown
     if not unknown.any():
-        return logits, targets
+        return logits, targets, None
     if unknown.all():
         raise LossError("all labels of the batch are unknown; leave out clips of which nothing is known")
-    return logits[~unknown], targets[~unknown]
+    return logits[~unknown], targets[~unknown], None
+
+
+def _mean_known(loss, known):
+    """The mean over the known entries; NaN if there are none."""
+    if known is None: return loss.mean()
+    return loss.masked_fill(~known, 0).sum() / known.sum()
 
 
 def _check_binary(targets):
     """Focal and asymmetric loss know only present and absent labels."""
-    if not ((targets == 0) | (targets == 1)).all():
+    if _on_cpu(targets) and not _is_binary(targets):
         raise LossError("targets must be 0 or 1; for soft targets use binary_cross_entropy")
+
+
+def _binary_mean(loss, targets, known):
+    """The mean over the known entries; NaN if `_check_binary` could not see that a target is not binary."""
+    mean = _mean_known(loss, known)
+    return mean if _on_cpu(targets) else _or_nan(mean, _is_binary(targets))
 
 
 def _check_focusing(**gammas):
@@ -803,8 +938,11 @@ def binary_cross_entropy(logits, targets):
     -------
     Tensor ()
     """
-    logits, targets = _checked_targets(logits, targets)
-    return F.binary_cross_entropy_with_logits(logits, targets)
+    logits, targets, known = _checked_targets(logits, targets)
+    if known is None:
+        return F.binary_cross_entropy_with_logits(logits, targets)
+    loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    return _mean_known(loss, known)
 
 # %% ../nbs/api/08_losses.ipynb #los00110
 def focal_loss(logits, targets, gamma=2., alpha=.25):
@@ -827,13 +965,13 @@ def focal_loss(logits, targets, gamma=2., alpha=.25):
     Raises
     ------
     LossError
-        If a target is neither 0 nor 1, or a setting is out of range.
+        If a target is neither 0 nor 1 (on a GPU the loss is NaN then), or a setting is out of range.
 
     References
     ----------
     Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, eq. 5.
     """
-    x, y = _checked_targets(logits, targets)
+    x, y, known = _checked_targets(logits, targets)
     _check_binary(y)
     _check_focusing(gamma=gamma)
     if alpha is not None and not 0 <= alpha <= 1:
@@ -843,8 +981,9 @@ def focal_loss(logits, targets, gamma=2., alpha=.25):
     cross_entropy = F.binary_cross_entropy_with_logits(x, y, reduction="none")
     loss = missed ** gamma * cross_entropy
     if alpha is not None:
-        loss = loss * torch.where(positive, alpha, 1 - alpha)
-    return loss.mean()
+        balance = torch.full_like(loss, 1 - alpha).masked_fill(positive, alpha)
+        loss = loss * balance
+    return _binary_mean(loss, y, known)
 
 # %% ../nbs/api/08_losses.ipynb #los00113
 _LOG_FLOOR = 1e-8
@@ -876,7 +1015,7 @@ def asymmetric_loss(logits, targets, gamma_positive=1., gamma_negative=4., margi
     ----------
     Ridnik et al., Asymmetric Loss For Multi-Label Classification, ICCV 2021, eq. 4, 5 and 7.
     """
-    x, y = _checked_targets(logits, targets)
+    x, y, known = _checked_targets(logits, targets)
     _check_binary(y)
     _check_focusing(gamma_positive=gamma_positive, gamma_negative=gamma_negative)
     if not 0 <= margin < 1: raise LossError(f"margin must lie in [0, 1); got {margin}")
@@ -885,7 +1024,7 @@ def asymmetric_loss(logits, targets, gamma_positive=1., gamma_negative=4., margi
     positive = torch.sigmoid(-x) ** gamma_positive * F.logsigmoid(x)
     negative = (1 - absent) ** gamma_negative * log_absent
     loss = torch.where(y > 0, positive, negative)
-    return -loss.mean()
+    return -_binary_mean(loss, y, known)
 
 # %% ../nbs/api/08_losses.ipynb #los00118
 CLASSIFICATION_LOSSES = Registry("classification loss", "act.losses", {

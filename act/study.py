@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'MAX_BLOCKS', 'GEOMETRY_CLIPS', 'REMEDIES', 'ALL', 'EXTENSIONS', 'StudyError', 'Run', 'code_digest',
            'run_identity', 'run_key', 'read_record', 'Store', 'provenance', 'clip_blocks', 'jackknife', 'run_threads',
-           'execute', 'run_embedding', 'default_jobs', 'execute_all', 'validation_score', 'trials_of',
+           'execute', 'run_embedding', 'visible_gpus', 'default_jobs', 'execute_all', 'validation_score', 'trials_of',
            'check_equal_trials', 'trial_runs', 'widest_grid', 'compare']
 
 # %% ../nbs/api/15_study.ipynb #stu00003
@@ -26,6 +26,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ import joblib
 import numpy as np
 import pandas as pd
 import torch
+from filelock import FileLock, Timeout
 from joblib.parallel import get_active_backend
 from scipy.stats import rankdata
 from tqdm import tqdm
@@ -787,7 +789,43 @@ def _json_value(value):
     return repr(value)
 
 # %% ../nbs/api/15_study.ipynb #stu00244
-def execute(run, store, progress=False, key=None):
+def _executed(run, store, key, progress):
+    """Do a run and write its record."""
+    checkpoints = cache_dir() / "checkpoints" / key[:24]
+    with _threads(run_threads()):
+        outcome, ended = _outcome(run, checkpoints, progress)
+    fields = dict(asdict(run), options=dict(run.options))
+    record = dict(key=key, run=fields, provenance=provenance(), code=code_digest(), **outcome)
+    record = json.loads(json.dumps(record, default=_json_value))       # equal to what is read from its file
+    store.put(record)
+    if ended:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    return record
+
+# %% ../nbs/api/15_study.ipynb #stu24402
+@contextmanager
+def _claimed(store, key, wait):
+    """Hold the lock of a run; yields False where another process holds it and `wait` is false."""
+    path = store.path(key).with_name(f".{key[:24]}.lock")
+    lock = FileLock(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        yield False
+        return
+    except OSError as error:
+        reason = "the disk is full: make room and run again" if error.errno in DISK_FULL else error.strerror
+        raise StudyError(f"{path} cannot be written, {reason}; the finished records are kept") from None
+    try:
+        yield True
+    finally:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)        # who waits for it notices, and makes a new one
+        lock.release()
+
+# %% ../nbs/api/15_study.ipynb #stu24403
+def execute(run, store, progress=False, key=None, wait=True):
     """Do one run, unless its record exists.
 
     Parameters
@@ -800,10 +838,12 @@ def execute(run, store, progress=False, key=None):
         Show a progress bar of the tuning.
     key : str, optional
         Its `run_key`, if it is known already.
+    wait : bool
+        If another process is doing this run, wait for its record; else return None at once.
 
     Returns
     -------
-    dict
+    dict or None
         The record. Its ``status`` is ``"done"`` or ``"failed"``; a failed one has ``error``.
 
     Raises
@@ -815,16 +855,13 @@ def execute(run, store, progress=False, key=None):
     finished = store.get(run, key)
     if finished is not None:
         return finished
-    checkpoints = cache_dir() / "checkpoints" / key[:24]
-    with _threads(run_threads()):
-        outcome, ended = _outcome(run, checkpoints, progress)
-    fields = dict(asdict(run), options=dict(run.options))
-    record = dict(key=key, run=fields, provenance=provenance(), code=code_digest(), **outcome)
-    record = json.loads(json.dumps(record, default=_json_value))       # equal to what is read from its file
-    store.put(record)
-    if ended:
-        shutil.rmtree(checkpoints, ignore_errors=True)
-    return record
+    with _claimed(store, key, wait) as is_ours:
+        if not is_ours:
+            return None
+        finished = store.get(run, key)          # by the process that held the lock until now
+        if finished is not None:
+            return finished
+        return _executed(run, store, key, progress)
 
 # %% ../nbs/api/15_study.ipynb #stu00027
 def run_embedding(run, store):
@@ -856,6 +893,52 @@ def run_embedding(run, store):
     task = _task(run.task)
     return _tuned_embedding(run, task, folder=None, progress=False).z
 
+# %% ../nbs/api/15_study.ipynb #stu30011
+def visible_gpus():
+    """The GPUs that this process may use.
+
+    Returns
+    -------
+    list of str
+        Names as in ``CUDA_VISIBLE_DEVICES``, in its order: numbers or UUIDs; empty without a GPU. Asking for
+        them does not start CUDA in this process.
+    """
+    number = torch.cuda.device_count()
+    setting = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if setting is None:
+        return [str(i) for i in range(number)]
+    names = [name.strip() for name in setting.split(",")]
+    return names[:number]               # CUDA ignores what follows the first name that it does not know
+
+# %% ../nbs/api/15_study.ipynb #stu30013
+_TAKEN = []             # the lock that this process holds until it ends
+
+
+def _try_lock(path):
+    """The lock of a file, held; None if another process holds it."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return None
+    return lock
+
+
+def _take_gpu(gpus):
+    """Let this process see one of several GPUs only."""
+    if _TAKEN or len(gpus) < 2 or torch.cuda.is_initialized():
+        return
+    folder = cache_dir() / "gpus" / platform.node()
+    folder.mkdir(parents=True, exist_ok=True)
+    places = ((level, gpu) for level in count() for gpu in gpus)
+    for level, gpu in places:
+        name = re.sub(r"\W", "_", gpu)
+        lock = _try_lock(folder / f"{name}.{level}.lock")
+        if lock is not None:
+            _TAKEN.append(lock)
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+            return
+
 # %% ../nbs/api/15_study.ipynb #stu00030
 def default_jobs():
     """How many runs are done at once.
@@ -863,8 +946,9 @@ def default_jobs():
     Returns
     -------
     int
-        ``ACT_JOBS``, if it is set to a number. Otherwise 1 on a GPU, and on a CPU the number of cores that
-        this process may use: a batch queue, a container or ``taskset`` may allow fewer than the machine has.
+        ``ACT_JOBS``, if it is set to a number. Otherwise one for each GPU of `visible_gpus`; 1 on a Mac
+        with a GPU; and on a CPU the number of cores that this process may use: a batch queue, a container or
+        ``taskset`` may allow fewer than the machine has.
 
     Raises
     ------
@@ -874,7 +958,9 @@ def default_jobs():
     jobs = _setting("ACT_JOBS", "auto")
     if jobs is not None:
         return jobs
-    return 1 if torch.cuda.is_available() else joblib.cpu_count()
+    if torch.backends.mps.is_available():
+        return 1
+    return len(visible_gpus()) or joblib.cpu_count()
 
 # %% ../nbs/api/15_study.ipynb #stu00303
 def _prepare(runs):
@@ -905,27 +991,38 @@ def _check_time(records):
                          "run again for the rest")
 
 # %% ../nbs/api/15_study.ipynb #stu00305
-def _end_if_orphaned(parent):
+class _Caller(NamedTuple):
+    """The process that hands out the runs."""
+    machine: str
+    process: int
+    has_children: bool      # its workers are its children; otherwise a cluster provides them
+    gpus: list
+
+
+def _this_process():
+    """This process as a `_Caller`."""
+    backend, _ = get_active_backend()
+    local = type(backend).__name__ in ("LokyBackend", "MultiprocessingBackend")
+    return _Caller(platform.node(), os.getpid(), local, visible_gpus())
+
+
+def _end_if_orphaned(caller):
     """End this worker process if the process that started it was killed."""
-    if parent not in (None, os.getpid(), os.getppid()):
+    if caller.has_children and caller.process not in (os.getpid(), os.getppid()):
         os._exit(1)
 
-
-def _execute_in_worker(run, store, key, parts, parent):
-    """A run and its record, or None instead of the record after the deadline."""
-    _end_if_orphaned(parent)
+# %% ../nbs/api/15_study.ipynb #stu30501
+def _execute_in_worker(run, store, key, parts, caller, wait):
+    """A run and its record, or None instead if it is too late, or if another process does it and `wait` is false."""
+    _end_if_orphaned(caller)
+    here = platform.node(), os.getpid()
+    if here != (caller.machine, caller.process):
+        _take_gpu(caller.gpus if caller.has_children else visible_gpus())
     if _is_late():
         return run, None
     unpack_parts(parts)
-    record = execute(run, store, key=key)
+    record = execute(run, store, key=key, wait=wait)
     return run, record
-
-
-def _local_parent():
-    """The id of this process if workers will be its children; None if a cluster provides them."""
-    backend, _ = get_active_backend()
-    local = type(backend).__name__ in ("LokyBackend", "MultiprocessingBackend")
-    return os.getpid() if local else None
 
 # %% ../nbs/api/15_study.ipynb #stu00306
 def _worker_killed(error, finished, total):
@@ -938,12 +1035,12 @@ def _worker_killed(error, finished, total):
         "again")
 
 # %% ../nbs/api/15_study.ipynb #stu00306a1
-def _in_parallel(keys, store, jobs, progress):
-    """The record of each run; `keys` maps the runs to their keys."""
+def _in_parallel(keys, store, jobs, progress, wait=True):
+    """The record of each run, or None as in `execute`; `keys` maps the runs to their keys."""
     parts = pack_parts()
-    parent = _local_parent()
+    caller = _this_process()
     worker = joblib.delayed(_execute_in_worker)
-    calls = [worker(run, store, key, parts, parent) for run, key in keys.items()]
+    calls = [worker(run, store, key, parts, caller, wait) for run, key in keys.items()]
     results = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")(calls)
     bar = dict(total=len(keys), desc="runs", file=sys.stdout, mininterval=2, ncols=80, disable=not progress)
     try:
@@ -970,6 +1067,9 @@ def _print_failures(records):
 def execute_all(runs, store, jobs=None, progress=True):
     """Do many runs, those without a record in parallel.
 
+    Several calls, in several processes or on several machines, may share a store: each run is done by one of
+    them. A call does first what no other does, and then waits for the rest.
+
     Parameters
     ----------
     runs : iterable of Run
@@ -977,7 +1077,7 @@ def execute_all(runs, store, jobs=None, progress=True):
     store : Store
         Where the records are written.
     jobs : int, optional
-        How many are done at once; `default_jobs` otherwise.
+        How many are done at once; `default_jobs` otherwise. On GPUs they share them evenly.
     progress : bool
         Show a progress bar with the remaining time.
 
@@ -1000,8 +1100,12 @@ def execute_all(runs, store, jobs=None, progress=True):
         _check_time(records)
         _prepare(unfinished)
         jobs = min(jobs or default_jobs(), len(unfinished))
-        records |= _in_parallel(unfinished, store, jobs, progress)
+        records |= _in_parallel(unfinished, store, jobs, progress, wait=False)
         _check_time(records)
+        elsewhere = {run: key for run, key in unfinished.items() if records[run] is None}
+        if elsewhere:
+            records |= _in_parallel(elsewhere, store, min(jobs, len(elsewhere)), progress)
+            _check_time(records)
         _print_failures([records[run] for run in unfinished])
     return [records[run] for run in runs]
 

@@ -18,6 +18,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, partial
 from numbers import Integral, Real
@@ -37,8 +38,9 @@ from .backbones import valid_frames
 from .core import ActError, ActWarning, Registry, code_of, full_path, identity, near_matches, replacing
 from .embeddings import (batches_by_length, computing_on, default_fabric, fingerprint, frozen_embeddings,
                             rounded_length, samples_per_batch)
-from .losses import (CLASSIFICATION_LOSSES, CONTRASTIVE_LOSSES, ContrastiveLoss, binary_cross_entropy,
-                        cached_step, count_positives, gathered_loss, valid_anchors)
+from .losses import (CLASSIFICATION_LOSSES, CONTRASTIVE_LOSSES, ContrastiveLoss,
+                        binary_cross_entropy, cached_step, count_positives, gathered_loss,
+                        graph_leaves, valid_anchors)
 
 # %% ../nbs/api/09_tuning.ipynb #tun00007
 class TuningError(ActError):
@@ -202,8 +204,10 @@ class ClassificationFamily(LossFamily):
             return _scalar(value, _name_of(loss))
         return call
 
-    def local_loss(self, fabric, criterion, outputs, labels, share):
+    def local_loss(self, fabric, criterion, outputs, labels, share, sizes=None):
         """The loss of the outputs (b, C) of this process, times its clips over the mean number of clips."""
+        if not len(labels):
+            return outputs.sum()                      # of nothing: zero, with a graph
         return criterion(outputs, labels) * share
 
     def chance(self, context):
@@ -281,9 +285,9 @@ def _with_options(self: ContrastiveFamily, loss, options):
 
 # %% ../nbs/api/09_tuning.ipynb #tun10014
 @patch
-def local_loss(self: ContrastiveFamily, fabric, criterion, outputs, labels, share):
+def local_loss(self: ContrastiveFamily, fabric, criterion, outputs, labels, share, sizes=None):
     """The loss of the joined batch of all processes; outputs (b, P) are those of this process."""
-    return gathered_loss(fabric, outputs, labels, criterion)
+    return gathered_loss(fabric, outputs, labels, criterion, sizes)
 
 
 @patch
@@ -1558,17 +1562,21 @@ def _set_up_data(self: _Loop):
     if self.config.max_seconds is not None:
         self.window = round(self.config.max_seconds * sample_rate) or 1
     self.order = planned_batches(self.task.labels[self.rows], self.config)
-    self._check_smallest_step()
 
 # %% ../nbs/api/09_tuning.ipynb #tun10084
 @patch
-def _check_smallest_step(self: _Loop):
-    """Raise if a step has too few clips for every process to get one."""
-    fewest = min((len(rows) for _, rows in self.order), default=0)
+def _dealt_out(self: _Loop, rows):
+    """The clips of each process in a step, and how many of them count.
+
+    A process for which no clip is left computes the first one, which does not count: all processes
+    exchange gradients.
+    """
     processes = self.fabric.world_size
-    if fewest < processes:
-        raise TuningError(f"{self.task.name}: a step of {fewest} training clips is too small for {processes} "
-                          "process(es): add clips, raise batch, or use fewer processes")
+    spare = self.rows[rows[:1]]
+    clips_of = [self.rows[rows[process::processes]] for process in range(processes)]
+    counted = [len(clips) for clips in clips_of]
+    computed = [clips if len(clips) else spare for clips in clips_of]
+    return computed, counted
 
 # %% ../nbs/api/09_tuning.ipynb #tun10086
 @patch
@@ -1659,7 +1667,8 @@ def _set_up_model(self: _Loop):
     head = config.method_record.head(context)
     self.chance = self.family.chance(context)
     model = EncoderWithHead(self.backbone, head)
-    self.model, self.optimiser = self.fabric.setup(model, _optimiser(model, config))
+    with self._unused_parameters_allowed(model):
+        self.model, self.optimiser = self.fabric.setup(model, _optimiser(model, config))
     self._try_precision(model)
     self.backbone.train()
     with self.fabric.autocast():
@@ -1694,6 +1703,45 @@ def _try_shortest_clip(self: _Loop):
     by_length = np.argsort(lengths[self.rows])
     shortest = self.rows[by_length[:1]]
     self._without_gradients(shortest, max_samples=1)
+
+# %% ../nbs/api/09_tuning.ipynb #tun24001
+def _skips_layers(backbone):
+    """Whether an encoder leaves out layers at random while it is trained."""
+    rates = [getattr(backbone, "layer_drop", 0)]
+    for layer in backbone.modules():
+        config = getattr(layer, "config", None)
+        rates.append(getattr(config, "layerdrop", 0))
+    return any(rates)
+
+
+@patch
+def _has_unused_parameters(self: _Loop, model):
+    """Whether the outputs for one clip do not depend on all trainable parameters."""
+    model.to(self.fabric.device)
+    x, lengths = self.waves.batch(self.rows[:1])
+    x = x[:, :self.backbone.sample_rate].to(self.fabric.device, self.backbone.dtype)
+    lengths = lengths.clamp(max=x.shape[1])
+    devices = [x.device] if x.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), self.fabric.autocast():
+        outputs = model(x, lengths)
+    used = set(graph_leaves(outputs))
+    return any(p.requires_grad and p not in used for p in model.parameters())
+
+# %% ../nbs/api/09_tuning.ipynb #tun24002
+@patch
+@contextmanager
+def _unused_parameters_allowed(self: _Loop, model):
+    """Within the block, DDP is set up to look for unused parameters, if the model may have any."""
+    options = getattr(self.fabric.strategy, "_ddp_kwargs", None)
+    chosen = options is None or {"find_unused_parameters", "static_graph"} & options.keys()
+    if chosen or not (_skips_layers(model.backbone) or self._has_unused_parameters(model)):
+        yield
+        return
+    options["find_unused_parameters"] = True
+    try:
+        yield
+    finally:
+        del options["find_unused_parameters"]
 
 # %% ../nbs/api/09_tuning.ipynb #tun10217
 @patch
@@ -1759,23 +1807,22 @@ def _augmented(self: _Loop, x, lengths, draws):
 @patch
 def _backward(self: _Loop, rows):
     """Add the gradient of one step; returns its loss and the labels of this process's rows."""
-    processes = self.fabric.world_size
     rank = self.fabric.global_rank
-    clips_of = []
-    for process in range(processes):
-        clips_of.append(self.rows[rows[process::processes]])
+    clips_of, counted = self._dealt_out(rows)
     groups_of = [self._micro_batches(clips) for clips in clips_of]
     clips = clips_of[rank]
     groups = groups_of[rank]
 
     views = self._views(clips, groups)
     clip_of_row = clips[np.concatenate(groups) % len(clips)]       # first view of all clips, then the next
-    labels = self.labels[clip_of_row].to(self.fabric.device)
-    share = len(clips) * processes / len(rows)
+    sizes = [self.config.views_per_clip * clips for clips in counted]
+    counted_rows = clip_of_row[:sizes[rank]]                       # none of a clip that does not count
+    labels = self.labels[counted_rows].to(self.fabric.device)
+    share = counted[rank] * len(counted) / len(rows)
 
     def loss_of(outputs):
-        outputs = outputs.float()
-        return self.family.local_loss(self.fabric, self.criterion, outputs, labels, share)
+        outputs = outputs.float()[:len(labels)]
+        return self.family.local_loss(self.fabric, self.criterion, outputs, labels, share, sizes)
 
     most_groups = max(map(len, groups_of))
     if most_groups == 1:
@@ -1801,7 +1848,8 @@ def _cached_gradient(self: _Loop, views, loss_of):
         inputs=views,
         loss_fn=loss_of,
         backward=self.fabric.backward,
-        no_sync=lambda: self.fabric.no_backward_sync(self.model))
+        no_sync=lambda: self.fabric.no_backward_sync(self.model),
+        device=self.fabric.device)
 
 # %% ../nbs/api/09_tuning.ipynb #tun00048
 @patch
@@ -1870,7 +1918,8 @@ def _should_stop(self: _Loop):
     """At the end of an epoch, log its validation loss; True after `patience` epochs without a better one."""
     if self.config.patience is None or not self._is_end_of_epoch():
         return False
-    self.log[-1]["valid_loss"] = self._validation_loss()
+    loss = self._validation_loss()
+    self.log[-1]["valid_loss"] = self.fabric.broadcast(loss)      # of the first process: all stop together
     losses = [row["valid_loss"] for row in self.log if "valid_loss" in row]
     best_epoch = int(np.argmin(losses))
     last_epoch = len(losses) - 1

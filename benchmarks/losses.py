@@ -1,9 +1,11 @@
 """Time and peak memory of the contrastive losses, forward and backward, against pytorch-metric-learning and the dense form.
 
     python benchmarks/losses.py --n 512 2048 8192 32768 65536 --json losses.json
-    python benchmarks/losses.py --device cuda --dim 256 --classes 527 --n 65536
+    python benchmarks/losses.py --device cuda --n 8192
+    python benchmarks/losses.py --n 512 2048 --old /path/to/an/older/checkout
 
-Every contender runs in a fresh process of its own, on the same embeddings; a peer that would need more memory than is free is
+On a GPU the record `loss/memory/65536x256x527` is the memory of one large batch, against a limit of 2 GiB. With `--old` the
+losses of an older checkout are a further contender. Every contender runs in a fresh process of its own, on the same embeddings; a peer that would need more memory than is free is
 not run, and its ratio is null. pytorch-metric-learning has no multi-label SupCon: beside `jaccard` it runs its
 single-label loss, which is less work, on one label of each clip.
 """
@@ -19,6 +21,8 @@ import torch
 PML, DENSE = "pytorch-metric-learning SupConLoss", "dense form"
 NEEDED_MATRICES = {"ours": 0, PML: 13, DENSE: 9}     # (N, N) float32 matrices at the peak, rounded up: what to refuse to start
 TEMPERATURE, SECONDS, MOST_REPEATS = .1, 4., 5
+LARGE = dict(n=65536, dim=256, classes=527)          # a batch of AudioSet's labels
+LIMIT = 2.                                           # GiB for it
 
 
 def batch(n, dim, classes, device):
@@ -96,12 +100,13 @@ def free_bytes(device):
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def in_own_process(contender, kind, n, args):
-    """`measure` in a fresh interpreter, or None if the contender would not fit."""
+def in_own_process(contender, kind, n, args, folder=None):
+    """`measure` in a fresh interpreter, or None if the contender would not fit; `act` from `folder` if one is given."""
     if NEEDED_MATRICES[contender] * n * n * 4 > free_bytes(args.device): return None
     command = [sys.executable, __file__, "--contender", contender, "--kinds", kind, "--n", str(n), "--dim", str(args.dim),
                "--classes", str(args.classes), "--device", args.device]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+    env = os.environ if folder is None else {**os.environ, "PYTHONPATH": os.path.abspath(folder)}
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env).stdout.splitlines()[-1])
 
 
 def record(name, device, ours, peer, peer_name, unit, higher_is_better=False):
@@ -117,9 +122,21 @@ def compared(kind, n, args):
         for name, field, unit, scale in (("memory", "bytes", "MB", 1e6), ("time", "seconds", "s", 1.)):
             value = theirs.get(field)
             yield record(f"{name}/{kind}/{n}{suffix}", device, ours[field] / scale, value and value / scale, peer, unit)
+    if args.old:
+        old = in_own_process("ours", kind, n, args, args.old)
+        for name, field, unit, scale in (("memory", "bytes", "MB", 1e6), ("time", "seconds", "s", 1.)):
+            yield record(f"{name}/{kind}/{n}/old", device, ours[field] / scale, old[field] / scale, args.old, unit)
     products = 4 * args.dim + (args.classes if kind != "supcon" else 0)           # three for the gradient, one for W z, one for W
     yield record(f"rate/{kind}/{n}", device, n * n * products / ours["seconds"] / 1e9, matmul_rate(n, args.dim, args.device) / 1e9,
                  "matrix product z z^T", "G multiply-adds/s", True)
+
+
+def large_batch(args):
+    """The memory of a large batch against its limit."""
+    n, dim, classes = LARGE.values()
+    sizes = argparse.Namespace(**{**vars(args), "dim": dim, "classes": classes})
+    needed = in_own_process("ours", "jaccard", n, sizes)["bytes"] / 2**30
+    return record(f"loss/memory/{n}x{dim}x{classes}", device_name(args.device), needed, LIMIT, "limit", "GiB")
 
 
 def growth(records, kind, sizes, device):
@@ -145,6 +162,7 @@ def parse():
     p.add_argument("--dim", type=int, default=128, help="size of an embedding")
     p.add_argument("--classes", type=int, default=200, help="number of labels")
     p.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    p.add_argument("--old", help="a checkout of an older revision, to be compared with")
     p.add_argument("--json", help="write the records to this file")
     p.add_argument("--contender", help=argparse.SUPPRESS)
     return p.parse_args()
@@ -163,6 +181,9 @@ def main():
         if len(args.n) > 1:
             records.append(growth(records, kind, [n for n in args.n if n >= 8192] or args.n, device_name(args.device)))
             show(records[-1])
+    if args.device == "cuda":
+        records.append(large_batch(args))
+        show(records[-1])
     if args.json:
         with open(args.json, "w") as f: json.dump(records, f, indent=1)
 

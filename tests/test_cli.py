@@ -469,7 +469,7 @@ def test_a_number_of_jobs_that_is_none(value, monkeypatch):
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
 def test_jobs_follow_the_cores_of_the_process(monkeypatch):
     import torch
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     allowed = os.sched_getaffinity(0)
     for value in ("", "auto", " auto "):
         monkeypatch.setenv("ACT_JOBS", value)

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from act.core import true_float32
 from act.losses import (CLASSIFICATION_LOSSES, CONTRASTIVE_LOSSES, LOSSES, ContrastiveLoss, LossError,
-                        asymmetric_loss, cached_step, contrastive_loss, focal_loss, pair_weights,
+                        asymmetric_loss, cached_step, contrastive_loss, count_positives, focal_loss, pair_weights,
                         register_loss, soft_target_loss, valid_anchors)
 
 THRESHOLD = .3
@@ -617,3 +618,82 @@ def test_a_tenth_of_the_memory_and_less_time_than_pytorch_metric_learning(repo, 
     for kind in ("supcon", "jaccard"):
         assert records[f"memory/{kind}/8192"]["ratio"] <= .1
         assert records[f"time/{kind}/8192"]["ratio"] <= .8
+
+
+# ---- on a device, where the host must not wait ------------------------------------------------------------------
+
+FAR = torch.device("meta")         # its tensors have no values: whoever looks at one gets an error
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_value_is_looked_at_on_a_device(form, registered):
+    """The step of a GPU: labels come from the CPU, or are there already."""
+    registered("again")(jaccard_again)
+    many = (torch.rand(12, 4, generator=torch.Generator().manual_seed(0)) < .4).long()
+    for kind in LOSSES:
+        for labels in (many, many.to(FAR), torch.arange(12) % 3):
+            z, temperature = torch.zeros(12, 5, device=FAR, requires_grad=True), nn.Parameter(torch.tensor(.1, device=FAR))
+            loss = ContrastiveLoss(kind, temperature=temperature, **FORMS[form])
+            loss(z, labels).backward()
+            assert z.grad.shape == (12, 5) and temperature.grad.shape == ()
+            if kind != "again" or labels.ndim == 2: assert valid_anchors(labels.to(FAR), kind).device == FAR
+    soft_target_loss(torch.zeros(4, 2, device=FAR), torch.zeros(4, 4, device=FAR))
+
+
+@pytest.mark.parametrize("name", ["bce", "focal", "asymmetric"])
+def test_classification_losses_look_at_no_value_on_a_device(name, monkeypatch):
+    loss, x = CLASSIFICATION_LOSSES[name], torch.randn(6, 3)
+    targets = torch.tensor([[0., 1, math.nan], [1, 0, 1]]).repeat(3, 1)
+    loss(x.to(FAR).requires_grad_(), targets.to(FAR)).backward()
+    expected = value_and_gradient(lambda x: loss(x, targets), x)
+    monkeypatch.setattr("act.losses._on_cpu", lambda value: not torch.is_tensor(value))        # how a device computes it, with values
+    torch.testing.assert_close(value_and_gradient(lambda x: loss(x, targets), x), expected)
+    assert loss(x, targets * math.nan).isnan()
+    if name != "bce": assert loss(x, targets * .9).isnan()
+
+
+def test_what_cannot_be_checked_on_a_device_makes_the_loss_nan(registered, monkeypatch):
+    registered("negative")(lambda labels: -jaccard_again(labels))
+    monkeypatch.setattr("act.losses._on_cpu", lambda value: not torch.is_tensor(value))
+    good = contrastive_loss(Z, TAGS, temperature=torch.tensor(.1))
+    assert good.isfinite()
+    assert contrastive_loss(Z, TAGS * .5).isnan() and contrastive_loss(Z, TAGS, temperature=torch.tensor(-.1)).isnan()
+    assert contrastive_loss(Z, TAGS, "negative").isnan() and soft_target_loss(Z, torch.eye(4)).isnan()
+    loss = ContrastiveLoss()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")                                    # to warn is to look
+        for labels in (torch.arange(4), IDS): loss(Z, labels)
+    assert (loss.empty_batches, loss.anchor_share) == (1, 1)
+
+
+@given(batches(), kinds, st.integers(1, 13))
+@settings(deadline=None, max_examples=50)
+def test_positives_are_the_pairs_with_a_weight(batch, kind, block):
+    _, labels = batch
+    labels = labels[torch.randint(0, len(labels), (len(labels),))]        # several clips with one label set
+    for known in (labels, labels[:, 0]):
+        expected = (pair_weights(known, kind) > 0).sum(1)
+        assert torch.equal(count_positives(known, kind, block=block), expected)
+
+
+def test_the_block_is_decided_once_for_each_size(monkeypatch):
+    from act import losses
+    monkeypatch.setattr("act.losses.free_bytes", lambda device: 2**26)
+    losses._block_rows.cache_clear()
+    first = losses._block_rows(5000, 4, torch.device("cpu"))
+    monkeypatch.setattr("act.losses.free_bytes", lambda device: 1 / 0)
+    assert first == losses._block_rows(5000, 4, torch.device("cpu")) == 2**24 // (4 * 4 * 5000)
+    losses._block_rows.cache_clear()
+
+
+def test_autocast_and_tf32_end_at_the_loss(monkeypatch):
+    """Also in the backward pass of the dense form."""
+    inside = []
+    def spy():
+        inside.append(True)
+        return true_float32()
+    monkeypatch.setattr("act.losses.true_float32", spy)
+    z = torch.randn(6, 3, requires_grad=True)
+    contrastive_loss(z, torch.arange(6) % 2, dense=True).backward()
+    assert len(inside) == 4                                                  # all of it, its product, and two of the backward pass
+

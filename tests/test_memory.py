@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, strategies as st
 
 import act.embeddings as embeddings
+from act import core
 from act.audio import WaveCache
 from act.backbones import Backbone, BackboneError, load_backbone
 from act.embeddings import (EmbeddingError, batches_by_length, clip_windows, default_max_samples, embed,
@@ -105,7 +106,7 @@ def test_the_bound_is_the_same_every_time_and_lower_only_where_memory_is_short(m
     assert torch.equal(random_state, torch.get_rng_state())
     most = embeddings.CPU_BYTES
     for free, expected in ((64 * 2**30, usual), (2 * most, usual), (most, usual / 2), (0, 1)):
-        monkeypatch.setattr(embeddings, "_free_bytes", lambda device, free=free: free)
+        monkeypatch.setattr(embeddings, "free_bytes", lambda device, free=free: free)
         assert default_max_samples(backbone, CPU) == pytest.approx(expected, abs=1)
 
 
@@ -115,11 +116,11 @@ def test_a_part_that_is_not_tuned_keeps_nothing():
 
 
 def test_a_container_leaves_no_more_than_its_limit(tmp_path):
-    assert embeddings._container_bytes(tmp_path) == float("inf")
+    assert core._container_bytes(tmp_path) == float("inf")
     (tmp_path / "memory.stat").write_text("anon 300\nfile 5000\n")
     for limit, left in (("max\n", float("inf")), ("1000\n", 700)):
         (tmp_path / "memory.max").write_text(limit)
-        assert embeddings._container_bytes(tmp_path) == left
+        assert core._container_bytes(tmp_path) == left
 
 
 class Spy(Backbone):
