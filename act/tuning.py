@@ -1398,7 +1398,7 @@ def _balanced_batches(labels, size, per_class, clips, rng):
     return _composed(order[chosen], place[chosen], size, rng)
 
 # %% ../nbs/api/09_tuning.ipynb #tun22020
-MOST_PADDING = .25      # of a shuffled epoch
+MOST_PADDING = .5       # of a shuffled epoch
 LENGTH_JITTER = .15     # of the lengths by which clips are sorted
 
 
