@@ -4,24 +4,28 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'PROJECTIONS', 'LINEAR_PROBE_STEPS', 'LINEAR_PROBE_DECAY', 'METHODS', 'FROZEN', 'AUTO', 'PRECISIONS',
-           'TuningError', 'LossFamily', 'ClassificationFamily', 'ContrastiveFamily', 'HeadContext', 'projection_head',
-           'best_constant', 'classifier_head', 'fit_head', 'Method', 'register_method', 'Augment', 'TuneConfig',
-           'criterion_of', 'tuning_functions', 'option_pairs', 'augmented', 'batches', 'planned_batches', 'schedule',
-           'EncoderWithHead', 'Tuned', 'tune', 'live_plot', 'tensorboard']
+           'LEAST_BF16_GAIN', 'TuningError', 'LossFamily', 'ClassificationFamily', 'ContrastiveFamily', 'HeadContext',
+           'projection_head', 'best_constant', 'classifier_head', 'fit_head', 'Method', 'register_method', 'Augment',
+           'TuneConfig', 'chosen_precision', 'criterion_of', 'tuning_functions', 'option_pairs', 'augmented', 'batches',
+           'planned_batches', 'schedule', 'EncoderWithHead', 'Tuned', 'tune', 'live_plot', 'tensorboard']
 
 # %% ../nbs/api/09_tuning.ipynb #tun00003
 import copy
 import inspect
 import json
 import math
+import platform
+import queue
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -30,12 +34,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from fastcore.basics import patch
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 from .backbones import valid_frames
-from .core import ActError, ActWarning, Registry, code_of, full_path, identity, near_matches, replacing
+from .core import ActError, ActWarning, Registry, cache_path, code_of, full_path, identity
+from .core import libraries_of, near_matches, replacing, versions
 from .embeddings import (batches_by_length, computing_on, default_fabric, fingerprint, frozen_embeddings,
                             rounded_length, samples_per_batch)
 from .losses import (CLASSIFICATION_LOSSES, CONTRASTIVE_LOSSES, ContrastiveLoss,
@@ -216,7 +222,7 @@ class ClassificationFamily(LossFamily):
         return loss
 
     def valid_share(self, criterion, labels):
-        """Every clip contributes."""
+        """Every row contributes."""
         return 1.
 
     def positives(self, criterion, labels):
@@ -292,13 +298,14 @@ def local_loss(self: ContrastiveFamily, fabric, criterion, outputs, labels, shar
 
 @patch
 def chance(self: ContrastiveFamily, context):
-    """The loss log(B - 1) of equal similarities, for a batch of B rows."""
-    return math.log(max(2, context.config.batch - 1))
+    """The loss log(B - 1) of equal similarities, for a step of B rows."""
+    rows = context.rows or context.config.batch
+    return math.log(max(2, rows - 1))
 
 
 @patch
 def valid_share(self: ContrastiveFamily, criterion, labels):
-    """The share of clips that have a positive."""
+    """The share of rows that have a positive."""
     kind = criterion.settings["kind"]
     threshold = criterion.settings["threshold"]
     return float(valid_anchors(labels, kind, threshold).float().mean())
@@ -334,6 +341,8 @@ class HeadContext:
     frozen_embeddings : callable
         ``frozen_embeddings() -> Tensor (N, D)``: computes the embedding of the training clips by the encoder
         before tuning, on the device of the run.
+    rows : int, optional
+        Rows of the largest step, clips times views; by default `TuneConfig.batch`.
     """
     dim: int
     n_classes: int
@@ -341,6 +350,7 @@ class HeadContext:
     criterion: Callable
     config: "TuneConfig"
     frozen_embeddings: Callable
+    rows: int | None = None
 
     @cached_property
     def best_constant(self):
@@ -743,7 +753,8 @@ class TuneConfig:
         Peak learning rates of the encoder and of the head. ``lr=None`` means `Backbone.lr`, and
         ``head_lr=None`` the same as `lr`.
     weight_decay, warmup, max_grad_norm : float
-        AdamW's decay, share of the steps with a rising learning rate, largest norm of the gradient.
+        AdamW's decay, which biases and the scales of norms do not get; share of the steps with a rising
+        learning rate; largest norm of the gradient.
     temperature : float
         Of the contrastive losses.
     projection : {"none", "linear", "mlp"}
@@ -768,7 +779,8 @@ class TuneConfig:
         of this length; None: clips are whole.
     precision : str
         One of `PRECISIONS`. The ``-true`` ones hold weights and waveforms in that type; after tuning the
-        encoder has its own type again.
+        encoder has its own type again. ``"auto"``: the one that `chosen_precision` finds for encoder and
+        device.
     patience : int or None
         Stop after so many epochs without a lower validation loss, and keep the best weights; None: no early
         stopping.
@@ -836,7 +848,7 @@ def epochs(self: TuneConfig):
 def _check_choices(self: TuneConfig):
     if self.precision == "16-true":
         raise TuningError(_TOO_COARSE)
-    allowed = dict(method=METHODS.load_installed(), projection=PROJECTIONS, precision=PRECISIONS)
+    allowed = dict(method=METHODS.load_installed(), projection=PROJECTIONS, precision=(*PRECISIONS, AUTO))
     for name, choices in allowed.items():
         value = getattr(self, name)
         if value not in tuple(choices):
@@ -903,20 +915,135 @@ def _check_numbers(self: TuneConfig):
     if self.batch is not None and self.views_per_clip > self.batch:
         raise TuningError(f"batch={self.batch}: must be at least the {self.views_per_clip} views of one clip")
 
+# %% ../nbs/api/09_tuning.ipynb #tun22002
+_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}        # of x86, and of Arm
+
+
+@lru_cache(maxsize=1)
+def _cpu_words(path=Path("/proc/cpuinfo")):
+    """The name of this CPU, and the set of its flags; no flags where the system does not list them."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine(), frozenset()
+    fields = {}
+    for line in lines:
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip().lower(), value.strip())
+    flags = fields.get("flags") or fields.get("features") or ""
+    return fields.get("model name", platform.machine()), frozenset(flags.split())
+
+
+def _cpu_has_bf16():
+    """Whether this CPU has instructions for products of bfloat16."""
+    _, flags = _cpu_words()
+    return bool(_BF16_FLAGS & flags)
+
+# %% ../nbs/api/09_tuning.ipynb #tun22003
+_TIMED_ROWS = 8
+_TIMED_STEPS = 3
+
+
+def _step_seconds(backbone, x, bf16):
+    """Seconds of the fastest of some training steps on waveforms (B, T), after one that is not timed."""
+    lengths = torch.full((len(x),), x.shape[1])
+    seconds = []
+    for _ in range(1 + _TIMED_STEPS):
+        started = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            z = backbone(x, lengths)
+        if z.requires_grad:
+            z.float().square().mean().backward()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds[1:])
+
+
+def _timed_gain(backbone):
+    """Seconds of a step in float32 over those in mixed bfloat16; 0 if bfloat16 is not possible."""
+    encoder = _copied(backbone).cpu().train()
+    generator = torch.Generator().manual_seed(0)
+    x = .1 * torch.randn(_TIMED_ROWS, encoder.sample_rate, generator=generator)
+    with torch.random.fork_rng([]):
+        whole = _step_seconds(encoder, x, bf16=False)
+        try:
+            return whole / _step_seconds(encoder, x, bf16=True)
+        except (RuntimeError, TypeError):
+            return 0.
+
+# %% ../nbs/api/09_tuning.ipynb #tun22004
+def _gain_identity(backbone):
+    """What the gain of an encoder depends on: the machine and the shapes of its weights, not their values."""
+    cpu, flags = _cpu_words()
+    layers = dict.fromkeys(map(type, backbone.modules()))
+    shapes = {name: list(p.shape) for name, p in backbone.named_parameters()}
+    return identity(
+        cpu=cpu,
+        flags=sorted(_BF16_FLAGS & flags),
+        shapes=shapes,
+        sample_rate=backbone.sample_rate,
+        code=code_of("act.backbones", *layers),
+        libraries=libraries_of(backbone),
+        versions=versions())
+
+
+def _bf16_gain(backbone):
+    """How many times as fast a training step is in mixed bfloat16 on this CPU; timed once and kept."""
+    name = _gain_identity(backbone).digest[:32]
+    path = cache_path() / "precision" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            gain = _timed_gain(backbone)
+            with replacing(path) as temporary:
+                temporary.write_text(json.dumps(dict(encoder=backbone.name, gain=gain)))
+        return json.loads(path.read_text())["gain"]
+
+# %% ../nbs/api/09_tuning.ipynb #tun22005
+LEAST_BF16_GAIN = 1.3
+
+
+def chosen_precision(backbone, device=None):
+    """The precision that ``precision="auto"`` stands for.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        The encoder; only its layers and the shapes of its weights count.
+    device : torch.device, optional
+        Where it will be tuned; by default a GPU if there is one.
+
+    Returns
+    -------
+    str
+        ``"bf16-mixed"`` on a CUDA device with bfloat16, and on a CPU with instructions for it where a step is
+        measured to be at least `LEAST_BF16_GAIN` times as fast; otherwise ``"32-true"``.
+    """
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        faster = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu" and _cpu_has_bf16():
+        faster = _bf16_gain(backbone) >= LEAST_BF16_GAIN
+    else:
+        faster = False
+    return "bf16-mixed" if faster else "32-true"
+
 # %% ../nbs/api/09_tuning.ipynb #tun10301
 @patch
-def for_backbone(self: TuneConfig, backbone):
+def for_backbone(self: TuneConfig, backbone, device=None):
     """The settings of a run: what is left to the encoder and to the method is replaced by numbers.
 
     Parameters
     ----------
     backbone : Backbone
         The encoder that will be tuned.
+    device : torch.device, optional
+        Where, for ``precision="auto"``; by default a GPU if there is one.
 
     Returns
     -------
     TuneConfig
-        With numbers for `lr` and `batch`, and a number or None for `per_class`.
+        With numbers for `lr` and `batch`, a number or None for `per_class`, and one of `PRECISIONS`.
 
     Raises
     ------
@@ -931,7 +1058,10 @@ def for_backbone(self: TuneConfig, backbone):
     if batch is None:
         batch = backbone.batch
         _check_whole(f"{backbone.name}.batch", batch, 1)
-    config = replace(self, lr=lr, batch=batch)
+    precision = self.precision
+    if precision == AUTO:
+        precision = chosen_precision(backbone, device)
+    config = replace(self, lr=lr, batch=batch, precision=precision)
     return replace(config, per_class=config._clips_per_class())
 
 # %% ../nbs/api/09_tuning.ipynb #tun10326
@@ -1063,13 +1193,11 @@ def _changed_or_kept(x, changed):
 # %% ../nbs/api/09_tuning.ipynb #tun00100a
 def _shifted(x, lengths, offset):
     """Shift each clip by `offset` samples (B,) within its length; samples beyond either end are lost."""
-    samples = x.shape[1]
-    t = torch.arange(samples, device=x.device)
-    end = lengths[:, None]
-    source = t - offset[:, None]                       # (B, T), the index that a sample comes from
-    inside = (source >= 0) & (source < end) & (t < end)
-    moved = x.gather(1, source.clamp(0, samples - 1))
-    moved = moved * inside
+    moved = torch.zeros_like(x)
+    for row, clip, end, by in zip(moved, x, lengths.tolist(), offset.tolist()):
+        kept = clip[max(0, -by):end - max(0, by)]
+        start = max(0, by)
+        row[start:start + len(kept)] = kept
     enough = _keeps_energy(x, moved)
     shortened = lengths + offset.clamp(max=0)
     new_lengths = torch.where(enough, shortened, lengths)
@@ -1080,25 +1208,41 @@ def _largest_shift(lengths, samples):
     """The largest shift of each clip: half of a short clip stays."""
     return (lengths // 2).clamp(max=samples)
 
+
+def _randomly_shifted(x, lengths, sample_rate, augment, draws):
+    """The first change of `augmented`: waveforms (B, T) and lengths (B,), both on the CPU."""
+    largest = _largest_shift(lengths, int(augment.shift * sample_rate))
+    share = draws[:, 0].to(x.dtype)
+    offset = (2 * share - 1) * largest
+    return _shifted(x, lengths, offset.round().long())
+
 # %% ../nbs/api/09_tuning.ipynb #tun00100c
+def _on(device, tensor):
+    """A tensor on a device, without waiting for the copy."""
+    return tensor.to(device, non_blocking=True)
+
+
+def _band_removed(x, size, start, end):
+    """Waveforms (B, T) without a band; `start` and `end` (B,) are shares of the spectrum of `size` samples."""
+    spectrum = torch.fft.rfft(x, size)                             # (B, F)
+    bins = spectrum.shape[1]
+    index = torch.arange(bins, device=x.device)
+    removed = (index >= start[:, None] * bins) & (index < end[:, None] * bins)
+    return torch.fft.irfft(spectrum * ~removed, size)
+
+
 def _without_band(x, lengths, start, width):
-    """Remove a band: `start` and `width` (B,) are shares of the spectrum."""
+    """Remove a band; the lengths are on the CPU."""
     samples = x.shape[1]
     end = start + width
-    sizes = rounded_length(lengths.cpu().numpy())
+    sizes = rounded_length(lengths.numpy())
     filtered = torch.zeros_like(x)
     for size in map(int, np.unique(sizes)):
-        rows = torch.as_tensor(np.flatnonzero(sizes == size), device=x.device)
-        spectrum = torch.fft.rfft(x[rows], size)                   # (b, F)
-        bins = spectrum.shape[1]
-        index = torch.arange(bins, device=x.device)
-        first = start[rows, None] * bins
-        last = end[rows, None] * bins
-        removed = (index >= first) & (index < last)
-        spectrum = spectrum * ~removed
-        band_free = torch.fft.irfft(spectrum, size)
+        positions = torch.from_numpy(np.flatnonzero(sizes == size))
+        rows = _on(x.device, positions)
+        band_free = _band_removed(x[rows], size, start[rows], end[rows])
         filtered[rows, :size] = band_free[:, :samples]
-    return filtered * valid_frames(lengths, samples)
+    return filtered * valid_frames(_on(x.device, lengths), samples)
 
 # %% ../nbs/api/09_tuning.ipynb #tun10060
 def _without_stretch(x, lengths, start, width):
@@ -1111,8 +1255,8 @@ def _without_stretch(x, lengths, start, width):
 
 # %% ../nbs/api/09_tuning.ipynb #tun10210
 def _with_noise(x, lengths, decibels, seeds):
-    """Add white noise at a signal-to-noise ratio (B,); each clip has its own seed."""
-    signal_power = x.square().sum(1) / lengths
+    """Add white noise at a signal-to-noise ratio (B,); each clip has its own seed. Lengths are on the CPU."""
+    signal_power = x.square().sum(1) / _on(x.device, lengths)
     noise_power = signal_power / 10 ** (decibels / 10)
     noise = torch.zeros_like(x)
     generator = torch.Generator(x.device)
@@ -1123,6 +1267,27 @@ def _with_noise(x, lengths, decibels, seeds):
     return x + amplitude * noise
 
 # %% ../nbs/api/09_tuning.ipynb #tun00011
+def _changed(x, lengths, augment, draws):
+    """All changes of `augmented` but the shift: waveforms (B, T) on any device, lengths and draws on the CPU."""
+    numbers = _on(x.device, draws[:, 1:-1].to(x.dtype))
+    band, band_width, stretch, stretch_width, gain, snr = numbers.unbind(1)
+    if augment.band:
+        start = band * (1 - augment.band)
+        filtered = _without_band(x, lengths, start, band_width * augment.band)
+        x = _changed_or_kept(x, filtered)
+    if augment.mask:
+        width = stretch_width * augment.mask
+        start = stretch * (1 - width)
+        silenced = _without_stretch(x, _on(x.device, lengths), start, width)
+        x = _changed_or_kept(x, silenced)
+    decibels = (2 * gain - 1) * augment.gain
+    x = x * (10 ** (decibels / 20))[:, None]
+    low, high = augment.snr
+    ratio = low + (high - low) * snr
+    noise_seeds = (draws[:, -1] * 2**53).long()
+    return _with_noise(x, lengths, ratio, noise_seeds)
+
+# %% ../nbs/api/09_tuning.ipynb #tun22010
 def augmented(x, lengths, sample_rate, augment, draws=None):
     """One random view of a batch.
 
@@ -1142,36 +1307,15 @@ def augmented(x, lengths, sample_rate, augment, draws=None):
     Returns
     -------
     Tensor (B, T), LongTensor (B,)
-        The changed batch and its lengths.
+        The changed batch on the device of `x`, and its lengths on the CPU.
     """
     if augment is None:
         return x, lengths
     if draws is None:
         draws = torch.rand(len(x), CHANGE_DRAWS, dtype=torch.float64)
-    numbers = draws[:, :-1].to(x)
-    shift, band, band_width, stretch, stretch_width, gain, snr = numbers.unbind(1)
-    noise_seeds = (draws[:, -1] * 2**53).long()
-    lengths = lengths.to(x.device)
-
-    largest = _largest_shift(lengths, int(augment.shift * sample_rate))
-    offset = (2 * shift - 1) * largest
-    x, lengths = _shifted(x, lengths, offset.round().long())
-    if augment.band:
-        start = band * (1 - augment.band)
-        width = band_width * augment.band
-        filtered = _without_band(x, lengths, start, width)
-        x = _changed_or_kept(x, filtered)
-    if augment.mask:
-        width = stretch_width * augment.mask
-        start = stretch * (1 - width)
-        silenced = _without_stretch(x, lengths, start, width)
-        x = _changed_or_kept(x, silenced)
-    decibels = (2 * gain - 1) * augment.gain
-    factor = 10 ** (decibels / 20)
-    x = x * factor[:, None]
-    low, high = augment.snr
-    ratio = low + (high - low) * snr
-    return _with_noise(x, lengths, ratio, noise_seeds), lengths
+    shifted, lengths = _randomly_shifted(x.cpu(), lengths.cpu(), sample_rate, augment, draws.cpu())
+    shifted = shifted.to(x.device)
+    return _changed(shifted, lengths, augment, draws.cpu()), lengths
 
 # %% ../nbs/api/09_tuning.ipynb #tun10070
 def _packs(classes, size, per_class, rng):
@@ -1256,8 +1400,27 @@ def _balanced_batches(labels, size, per_class, clips, rng):
     chosen = np.argsort(place, kind="stable")[:clips]
     return _composed(order[chosen], place[chosen], size, rng)
 
+# %% ../nbs/api/09_tuning.ipynb #tun22020
+MOST_PADDING = .5       # of a shuffled epoch
+LENGTH_JITTER = .15     # of the lengths by which clips are sorted
+
+
+def _padding(epoch, lengths):
+    """The share of samples of an epoch that are padding."""
+    samples = sum(lengths[rows].sum() for rows in epoch)
+    padded = sum(len(rows) * lengths[rows].max() for rows in epoch)
+    return 1 - samples / padded
+
+
+def _bucketed(order, number, lengths, rng):
+    """`number` batches of clips of similar length, in random order."""
+    factor = rng.uniform(1 - LENGTH_JITTER, 1 + LENGTH_JITTER, len(order))
+    by_length = np.argsort(lengths[order] * factor, kind="stable")
+    parts = np.array_split(order[by_length], number)
+    return [parts[i] for i in rng.permutation(number)]
+
 # %% ../nbs/api/09_tuning.ipynb #tun00016
-def batches(labels, size, seed, epoch, per_class=None, clips=None):
+def batches(labels, size, seed, epoch, per_class=None, clips=None, lengths=None):
     """The batches of one epoch.
 
     Parameters
@@ -1273,6 +1436,9 @@ def batches(labels, size, seed, epoch, per_class=None, clips=None):
         `size`. Of clips with several labels, one label is drawn. None: shuffled.
     clips : int or None
         Clips of an epoch that ends early; None: all.
+    lengths : array (N,), optional
+        Samples of each clip. Shuffled batches of which more than `MOST_PADDING` would be padding are made of
+        clips of similar length instead.
 
     Returns
     -------
@@ -1285,10 +1451,14 @@ def batches(labels, size, seed, epoch, per_class=None, clips=None):
     if per_class is not None:
         return _balanced_batches(labels, size, per_class, clips, rng)
     order = rng.permutation(len(labels))[:clips]
-    return np.array_split(order, math.ceil(len(order) / size))
+    number = math.ceil(len(order) / size)
+    epoch_batches = np.array_split(order, number)
+    if lengths is not None and _padding(epoch_batches, lengths) > MOST_PADDING:
+        return _bucketed(order, number, lengths, rng)
+    return epoch_batches
 
 # %% ../nbs/api/09_tuning.ipynb #tun10312
-def planned_batches(labels, config):
+def planned_batches(labels, config, lengths=None):
     """The batches of all steps of a run.
 
     Parameters
@@ -1297,6 +1467,8 @@ def planned_batches(labels, config):
         Of the training clips.
     config : TuneConfig
         From `TuneConfig.for_backbone`.
+    lengths : array (N,), optional
+        As for `batches`.
 
     Returns
     -------
@@ -1307,7 +1479,8 @@ def planned_batches(labels, config):
     steps = []
     for epoch in range(config.epochs):
         clips = min(left, len(labels))
-        epoch_batches = batches(labels, config.clips_per_batch, config.seed, epoch, config.per_class, clips)
+        epoch_batches = batches(labels, config.clips_per_batch, config.seed, epoch, config.per_class, clips,
+                                lengths)
         steps += [(epoch, rows) for rows in epoch_batches]
         left -= clips
     return steps
@@ -1376,7 +1549,8 @@ class Tuned:
     config : TuneConfig
         The settings, with the numbers of `TuneConfig.for_backbone`.
     chance : float
-        The loss at chance level: log(B - 1) for a contrastive batch of B rows; for a classifier the loss of
+        The loss at chance level: log(B - 1) for a contrastive step of B rows, those of the largest step
+        of the run, which a small training split does not fill; for a classifier the loss of
         `best_constant`, which is log C for cross-entropy with equally frequent classes.
     """
     backbone: nn.Module
@@ -1412,22 +1586,31 @@ class Tuned:
         return ax
 
 # %% ../nbs/api/09_tuning.ipynb #tun00035
-def _seed_step(seed, step, rank):
-    """Seed torch for one step of one process."""
+def _step_seeds(seed, step, rank):
+    """Seeds of one step of one process: of its views, and of all that torch draws in the encoder."""
     sequence = np.random.SeedSequence([seed, step, rank])
-    state = sequence.generate_state(1)
-    torch.manual_seed(int(state[0]))
+    of_views, of_encoder = sequence.generate_state(2)
+    return int(of_views), int(of_encoder)
 
 
-def _optimiser(model, config):
-    """AdamW over the trainable parameters; encoder and head have their own peak learning rates."""
-    parts = [(model.backbone, config.lr), (model.head, config.head_lr or config.lr)]
+def _parameter_groups(part, peak, weight_decay):
+    """The trainable parameters of a part of the model: those that decay, then biases and norms."""
+    trainable = [p for p in part.parameters() if p.requires_grad]
+    matrices = [p for p in trainable if p.ndim > 1]
+    vectors = [p for p in trainable if p.ndim <= 1]
     groups = []
-    for part, peak in parts:
-        parameters = [p for p in part.parameters() if p.requires_grad]
+    for parameters, decay in ((matrices, weight_decay), (vectors, 0.)):
         if parameters:
-            groups.append(dict(params=parameters, peak=peak))
-    return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
+            groups.append(dict(params=parameters, peak=peak, weight_decay=decay))
+    return groups
+
+
+def _optimiser(model, config, device=torch.device("cpu")):
+    """AdamW over the trainable parameters; encoder and head have their own peak learning rates."""
+    groups = _parameter_groups(model.backbone, config.lr, config.weight_decay)
+    groups += _parameter_groups(model.head, config.head_lr or config.lr, config.weight_decay)
+    fused = device.type == "cuda" and config.precision != "16-mixed"
+    return torch.optim.AdamW(groups, lr=config.lr, fused=fused or None)
 
 # %% ../nbs/api/09_tuning.ipynb #tun00037
 def _check_finite(loss, step):
@@ -1542,6 +1725,9 @@ class _Loop:
         self.step = 0
         self.log = []
         self.best = None            # the weights with the lowest validation loss
+        self.unread = []            # rows of the log whose loss is still on the device
+        self.prepared = None        # batches of the next steps
+        self.read_every = _steps_to_read(fabric.device)
         self._set_up_data()
         self._set_up_loss()
         self._warn_of_few_positives()
@@ -1561,7 +1747,21 @@ def _set_up_data(self: _Loop):
     self.window = None
     if self.config.max_seconds is not None:
         self.window = round(self.config.max_seconds * sample_rate) or 1
-    self.order = planned_batches(self.task.labels[self.rows], self.config)
+    lengths = self._row_lengths(self.rows)
+    self.order = planned_batches(self.task.labels[self.rows], self.config, lengths)
+    self.rounds_lengths = self.fabric.device.type == "cuda" and len(np.unique(lengths)) > _MOST_SHAPES
+
+# %% ../nbs/api/09_tuning.ipynb #tun22040
+_MOST_SHAPES = 8        # lengths of clips, above which batches have rounded lengths on a GPU
+
+
+@patch
+def _row_lengths(self: _Loop, clips):
+    """Samples of the views of some clips: those of the clips, at most `max_seconds`."""
+    lengths = self.waves.lengths.numpy()[clips]
+    if self.window:
+        lengths = np.minimum(lengths, self.window)
+    return lengths
 
 # %% ../nbs/api/09_tuning.ipynb #tun10084
 @patch
@@ -1623,19 +1823,20 @@ _COUNTED_STEPS = 100
 @patch
 def _positives(self: _Loop, rows):
     """The number of positives of each clip of a step among its other clips; None for a classifier."""
-    labels = self.labels[self.rows[rows]]
-    return self.family.positives(self.criterion, labels.to(self.fabric.device))
+    return self.family.positives(self.criterion, self.labels[self.rows[rows]])
 
 
 @patch
-def _logged_positives(self: _Loop, rows):
-    """What the log says of the positives of a step; nothing for a classifier."""
+def _label_facts(self: _Loop, rows):
+    """What the log says of the labels of a step; they are on the CPU."""
+    labels = self.labels[self.rows[rows]]
+    of_all_views = torch.cat([labels] * self.config.views_per_clip)
+    facts = dict(valid_anchors=self.family.valid_share(self.criterion, of_all_views))
     counts = self._positives(rows)
-    if counts is None:
-        return {}
-    return dict(
-        positives=float(counts.float().mean()),
-        without_positives=float((counts == 0).float().mean()))
+    if counts is not None:
+        facts["positives"] = float(counts.float().mean())
+        facts["without_positives"] = float((counts == 0).float().mean())
+    return facts
 
 # %% ../nbs/api/09_tuning.ipynb #tun10322
 @patch
@@ -1667,8 +1868,9 @@ def _set_up_model(self: _Loop):
     head = config.method_record.head(context)
     self.chance = self.family.chance(context)
     model = EncoderWithHead(self.backbone, head)
+    optimiser = _optimiser(model, config, self.fabric.device)
     with self._unused_parameters_allowed(model):
-        self.model, self.optimiser = self.fabric.setup(model, _optimiser(model, config))
+        self.model, self.optimiser = self.fabric.setup(model, optimiser)
     self._try_precision(model)
     self.backbone.train()
     with self.fabric.autocast():
@@ -1684,17 +1886,27 @@ def _head_context(self: _Loop):
         labels=self.labels[self.rows].to(self.loss_device),
         criterion=self.criterion,
         config=self.config,
-        frozen_embeddings=lambda: self._without_gradients(self.rows))
+        frozen_embeddings=lambda: self._without_gradients(self.rows),
+        rows=max(len(rows) for _, rows in self.order) * self.config.views_per_clip)
 
 # %% ../nbs/api/09_tuning.ipynb #tun10216
 @patch
 def _without_gradients(self: _Loop, rows, encode=None, max_samples=None):
-    """Embeddings of clips in evaluation mode, or the outputs of `encode`."""
-    return frozen_embeddings(
-        self.backbone, self.waves, rows, self.config.batch, self.fabric.device,
-        max_samples=max_samples or self.max_samples,
-        max_seconds=self.config.max_seconds,
-        encode=encode)
+    """Embeddings of clips in evaluation mode, or the outputs of `encode`, in the precision of the run."""
+    with self._mixed_precision():
+        return frozen_embeddings(
+            self.backbone, self.waves, rows, self.config.batch, self.fabric.device,
+            max_samples=max_samples or self.max_samples,
+            max_seconds=self.config.max_seconds,
+            encode=encode)
+
+
+@patch
+def _mixed_precision(self: _Loop):
+    """The autocast of the run; nothing for the ``-true`` precisions, which convert the weights."""
+    if self.config.precision.endswith("-mixed"):
+        return self.fabric.autocast()
+    return nullcontext()
 
 # %% ../nbs/api/09_tuning.ipynb #tun00420b
 @patch
@@ -1752,7 +1964,7 @@ def _try_precision(self: _Loop, model):
         return
     x, lengths = self.waves.batch(self.rows[:1])
     x = x[:, :self.backbone.sample_rate].to(self.fabric.device, self.backbone.dtype)
-    lengths = lengths.clamp(max=x.shape[1]).to(x.device)
+    lengths = lengths.clamp(max=x.shape[1])
     try:
         with self.fabric.autocast():
             outputs = model(x, lengths)
@@ -1767,9 +1979,9 @@ def _try_precision(self: _Loop, model):
 @patch
 def _micro_batches(self: _Loop, clips):
     """The rows of some clips in groups that fit into memory; usually one group."""
-    lengths = self.waves.lengths.numpy()[clips]
-    if self.window:
-        lengths = np.minimum(lengths, self.window)
+    lengths = self._row_lengths(clips)
+    if self.rounds_lengths:
+        lengths = rounded_length(lengths)
     lengths = np.tile(lengths, self.config.views_per_clip)
     cost = self.backbone.computed_samples(lengths)
     rows = len(cost)
@@ -1780,56 +1992,128 @@ def _micro_batches(self: _Loop, clips):
 
 # %% ../nbs/api/09_tuning.ipynb #tun00440b
 @patch
-def _views(self: _Loop, clips, groups):
-    """Waveforms and lengths of each group of rows, on the device."""
+def _views(self: _Loop, clips, groups, generator):
+    """Waveforms, lengths and draws of each group of rows, on the CPU."""
     clips = np.tile(clips, self.config.views_per_clip)
-    draws = torch.rand(len(clips), 1 + CHANGE_DRAWS, dtype=torch.float64)
+    draws = torch.rand(len(clips), 1 + CHANGE_DRAWS, dtype=torch.float64, generator=generator)
     whole = self.waves.lengths.numpy()[clips]
-    length = whole
-    if self.window:
-        length = np.minimum(whole, self.window)
+    length = self._row_lengths(clips)
     start = (draws[:, 0].numpy() * (whole - length + 1)).astype(int)
     views = []
     for rows in groups:
         x, lengths = self.waves.batch(clips[rows], start[rows], length[rows])
-        views.append(self._augmented(x, lengths, draws[rows, 1:]))
+        views.append(self._shifted_view(x, lengths, draws[rows, 1:]))
     return views
+
+
+@patch
+def _shifted_view(self: _Loop, x, lengths, draws):
+    """The part of a view that is made on the CPU."""
+    if self.config.augment is not None:
+        x, lengths = _randomly_shifted(x, lengths, self.backbone.sample_rate, self.config.augment, draws)
+    if self.rounds_lengths:
+        x = F.pad(x, (0, int(rounded_length(x.shape[1])) - x.shape[1]))
+    return x, lengths, draws
 
 # %% ../nbs/api/09_tuning.ipynb #tun10218
 @patch
-def _augmented(self: _Loop, x, lengths, draws):
-    sample_rate = self.backbone.sample_rate
-    x = x.to(self.fabric.device)
-    x, lengths = augmented(x, lengths, sample_rate, self.config.augment, draws)
-    return x, lengths.to(x.device)
+def _on_device(self: _Loop, view):
+    """The waveforms of a view on the device, changed there, and their lengths on the CPU."""
+    x, lengths, draws = view
+    x = _on(self.fabric.device, x)
+    if self.config.augment is not None:
+        x = _changed(x, lengths, self.config.augment, draws)
+    return x, lengths
 
-# %% ../nbs/api/09_tuning.ipynb #tun00046
+# %% ../nbs/api/09_tuning.ipynb #tun22050
 @patch
-def _backward(self: _Loop, rows):
-    """Add the gradient of one step; returns its loss and the labels of this process's rows."""
+def _prepare(self: _Loop, step):
+    """All that a step computes with, on the CPU; it depends on nothing that the steps before it computed."""
+    _, rows = self.order[step]
     rank = self.fabric.global_rank
     clips_of, counted = self._dealt_out(rows)
     groups_of = [self._micro_batches(clips) for clips in clips_of]
     clips = clips_of[rank]
     groups = groups_of[rank]
-
-    views = self._views(clips, groups)
+    of_views, _ = _step_seeds(self.config.seed, step, rank)
+    generator = torch.Generator().manual_seed(of_views)
     clip_of_row = clips[np.concatenate(groups) % len(clips)]       # first view of all clips, then the next
     sizes = [self.config.views_per_clip * clips for clips in counted]
-    counted_rows = clip_of_row[:sizes[rank]]                       # none of a clip that does not count
-    labels = self.labels[counted_rows].to(self.fabric.device)
-    share = counted[rank] * len(counted) / len(rows)
+    return dict(
+        views=self._views(clips, groups, generator),
+        labels=self.labels[clip_of_row[:sizes[rank]]],             # none of a clip that does not count
+        share=counted[rank] * len(counted) / len(rows),            # of this process, times their number
+        sizes=sizes,
+        most_groups=max(map(len, groups_of)),
+        facts=self._label_facts(rows))
+
+# %% ../nbs/api/09_tuning.ipynb #tun22051
+# replaced by act.embeddings.prefetched and act.embeddings.fast_matmul
+def fast_matmul(device):
+    """Let a CUDA device multiply float32 matrices of an encoder in TF32 while the block runs."""
+    return nullcontext()
+
+
+def prefetched(make, items, device, depth=2):
+    """``make(item)`` of each item, in order, computed ahead by a thread."""
+    ready = queue.Queue(depth)
+    stopped = threading.Event()
+
+    def work():
+        for item in items:
+            if stopped.is_set():
+                return
+            try:
+                ready.put((make(item), None))
+            except BaseException as error:
+                ready.put((None, error))
+                return
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        for _ in items:
+            made, error = ready.get()
+            if error is not None:
+                raise error
+            yield made
+    finally:
+        stopped.set()
+        while not ready.empty():
+            ready.get_nowait()
+
+# %% ../nbs/api/09_tuning.ipynb #tun22052
+_PREPARED_AHEAD = {"cuda": 2}      # steps; on other devices a thread would compete with the step itself
+
+
+@patch
+def _next_step(self: _Loop):
+    """What the next step computes with."""
+    if self.prepared is None:
+        left = range(self.step, len(self.order))
+        ahead = _PREPARED_AHEAD.get(self.fabric.device.type, 0)
+        if ahead:
+            self.prepared = prefetched(self._prepare, left, self.fabric.device, ahead)
+        else:
+            self.prepared = (self._prepare(step) for step in left)
+    return next(self.prepared)
+
+# %% ../nbs/api/09_tuning.ipynb #tun00046
+@patch
+def _backward(self: _Loop, batch):
+    """Add the gradient of one step; returns its loss, on the device."""
+    views = [self._on_device(view) for view in batch["views"]]
+    labels = _on(self.fabric.device, batch["labels"])
 
     def loss_of(outputs):
-        outputs = outputs.float()[:len(labels)]
-        return self.family.local_loss(self.fabric, self.criterion, outputs, labels, share, sizes)
+        outputs = outputs.float()[:len(labels)]                    # of the rows that count
+        return self.family.local_loss(self.fabric, self.criterion, outputs, labels, batch["share"], batch["sizes"])
 
-    most_groups = max(map(len, groups_of))
-    if most_groups == 1:
-        loss = self._gradient(views[0], loss_of)
-    else:
-        loss = self._cached_gradient(views, loss_of)
-    return float(loss.detach()), labels
+    with fast_matmul(self.fabric.device):           # of the encoder; losses see to their own products
+        if batch["most_groups"] == 1:
+            loss = self._gradient(views[0], loss_of)
+        else:
+            loss = self._cached_gradient(views, loss_of)
+    return loss.detach()
 
 # %% ../nbs/api/09_tuning.ipynb #tun10092
 @patch
@@ -1854,25 +2138,53 @@ def _cached_gradient(self: _Loop, views, loss_of):
 # %% ../nbs/api/09_tuning.ipynb #tun00048
 @patch
 def advance(self: _Loop):
-    """One step of the optimiser."""
-    started = time.perf_counter()
+    """One step of the optimiser; its loss is read with those of the steps around it, see `read`."""
+    if not self.unread:
+        self.started = time.perf_counter()
     epoch, rows = self.order[self.step]
-    _seed_step(self.config.seed, self.step, self.fabric.global_rank)
+    batch = self._next_step()
+    _, of_encoder = _step_seeds(self.config.seed, self.step, self.fabric.global_rank)
+    torch.manual_seed(of_encoder)
     self._set_learning_rates()
-    loss, labels = self._backward(rows)
-    _check_finite(loss, self.step)
+    loss = self._backward(batch)
     self._update_weights()
-    computed = len(rows) * self.config.views_per_clip
-    self.log.append(dict(
+    self.unread.append(dict(
         step=self.step,
         epoch=epoch,
         loss=loss,
         lr=self.optimiser.param_groups[0]["lr"],
-        valid_anchors=self.family.valid_share(self.criterion, labels),
-        **self._logged_positives(rows),
-        rows=computed,
-        clips_per_second=computed / (time.perf_counter() - started)))
+        **batch["facts"],
+        rows=len(rows) * self.config.views_per_clip))
     self.step += 1
+    if len(self.unread) == self.read_every or self._is_end_of_epoch():
+        self.read()
+
+# %% ../nbs/api/09_tuning.ipynb #tun22061
+_STEPS_TO_READ = {"cpu": 1}
+_STEPS_TO_READ_ELSEWHERE = 20
+
+
+def _steps_to_read(device):
+    """Steps whose losses are read from a device together."""
+    return _STEPS_TO_READ.get(device.type, _STEPS_TO_READ_ELSEWHERE)
+
+
+@patch
+def read(self: _Loop):
+    """Move the unread rows to the log; raises if one of their losses is not finite in any process."""
+    if not self.unread:
+        return
+    losses = torch.stack([row["loss"] for row in self.unread])                     # (k,)
+    of_process = self.fabric.all_gather(losses).reshape(-1, len(losses)).tolist()
+    for row, *of_step in zip(self.unread, *of_process):
+        for loss in of_step:
+            _check_finite(loss, row["step"])
+    seconds = time.perf_counter() - self.started
+    rate = sum(row["rows"] for row in self.unread) / seconds
+    own = of_process[self.fabric.global_rank]
+    for row, loss in zip(self.unread, own):
+        self.log.append(row | dict(loss=loss, clips_per_second=rate))
+    self.unread = []
 
 # %% ../nbs/api/09_tuning.ipynb #tun10093
 @patch
@@ -1909,8 +2221,9 @@ def _is_end_of_epoch(self: _Loop):
     """Whether the last step was the last one of its epoch."""
     if self.step == len(self.order):
         return True
+    epoch, _ = self.order[self.step - 1]
     next_epoch, _ = self.order[self.step]
-    return next_epoch != self.log[-1]["epoch"]
+    return next_epoch != epoch
 
 # %% ../nbs/api/09_tuning.ipynb #tun10094
 @patch
@@ -1933,6 +2246,7 @@ def _should_stop(self: _Loop):
 def run(self: _Loop, progress, callback):
     """Take all steps that are left, and leave the best weights in the model."""
     self.saved = time.monotonic()
+    self._read_for(callback)
     self.model.train()
     with self._progress_bar(progress) as bar:
         while self.step < len(self.order):
@@ -1941,13 +2255,23 @@ def run(self: _Loop, progress, callback):
             if callback:
                 callback(self.log[-1], self.model.module)
             bar.update()
-            bar.set_postfix_str(f"loss {self.log[-1]['loss']:.3f}", refresh=False)
+            if self.log:
+                bar.set_postfix_str(f"loss {self.log[-1]['loss']:.3f}", refresh=False)
             if stop:
                 break
             self._save_if_due()
+    self.prepared = None
     if self.best:
         self.model.module.load_state_dict(self.best)
     self.model.eval()
+
+# %% ../nbs/api/09_tuning.ipynb #tun22070
+@patch
+def _read_for(self: _Loop, callback):
+    """Read the loss of every step if any process has a callback."""
+    has_callback = self.fabric.all_gather(int(callback is not None))
+    if int(has_callback.max()):
+        self.read_every = 1
 
 # %% ../nbs/api/09_tuning.ipynb #tun10095
 @patch
@@ -1964,8 +2288,11 @@ def _progress_bar(self: _Loop, shown):
 # %% ../nbs/api/09_tuning.ipynb #tun10219
 @patch
 def _save_if_due(self: _Loop):
-    """Save a checkpoint if the last one is old enough; only the first process does."""
-    if not self.folder or not self.fabric.is_global_zero:
+    """Save a checkpoint if the last one is old enough; only the first process does.
+
+    Only where all losses were read: weights from after a loss that is not finite are never saved.
+    """
+    if self.unread or not self.folder or not self.fabric.is_global_zero:
         return
     if time.monotonic() - self.saved < 60 * self.config.checkpoint_minutes:
         return
@@ -2004,7 +2331,7 @@ def tune(backbone, task, config=TuneConfig(), fabric=None, folder=None, progress
         Show a progress bar.
     callback : callable, optional
         Called after each step with its row of the log (a dict) and the `EncoderWithHead`; see `live_plot` and
-        `tensorboard`.
+        `tensorboard`. On a GPU this makes every step wait for its loss.
     inplace : bool
         Tune the encoder itself, which saves the memory of a copy.
 
@@ -2018,12 +2345,14 @@ def tune(backbone, task, config=TuneConfig(), fabric=None, folder=None, progress
     TuningError
         If the encoder cannot be copied, if the loss fails for the labels of the task, if the folder contains
         the checkpoint of another run, or if the loss becomes NaN or infinite; the last message names the
-        step.
+        step, also where it is read some steps later.
     """
     splits = ["train"]
     if config.patience is not None:
         splits.append("valid")
     task.require(*splits)
+    if fabric is not None and config.precision == AUTO:
+        config = replace(config, precision=fabric._precision.precision)
     config = config.for_backbone(backbone)
     if fabric is None:
         fabric = default_fabric(config.precision)
