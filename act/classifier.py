@@ -309,13 +309,13 @@ class _Waveforms:
         self.waveforms = waveforms
         self.lengths = torch.tensor([len(x) for x in waveforms])
 
-    def batch(self, indices, starts, samples):
+    def batch(self, indices, starts, samples, width):
         """Stretches of clips as (x (B, T), lengths (B,))."""
         stretches = []
         for i, start, count in zip(indices, starts, samples):
             x = self.waveforms[int(i)]
             stretches.append(x[int(start):int(start + count)])
-        return collate(stretches)
+        return collate(stretches, width)
 
 # %% ../nbs/api/14_classifier.ipynb #clf00101
 class _Encoder:

@@ -394,7 +394,10 @@ def digest(self: Task):
 @patch
 def waveforms(self: Task, sample_rate):
     """The `WaveCache` of all clips at `sample_rate` Hz, in the order of the clips."""
-    return WaveCache.open(self.clips, sample_rate, self.content)
+    contents = _clip_identities(self)
+    whole = re.sub(r"(/\d+(#\d+)?)?(:\d+)?$", "", self.name)        # parts share the store of their task
+    store = self.entry or whole
+    return WaveCache.open(self.clips, sample_rate, contents, store=store)
 
 # %% ../nbs/api/03_tasks.ipynb #tas00014
 def _multi_hot(task):

@@ -105,7 +105,7 @@ def test_every_official_fold_is_a_test_once(real_cache):
 def test_decoding_and_caching_a_real_task(real_cache):
     task = load_task("fsdd").subset(range(0, 3000, 60))
     cache = task.waveforms(16000)
-    assert len(cache) == 50 and torch.equal(cache[7], task.clips[7].load(16000))
+    assert len(cache) == 50 and torch.allclose(cache[7], task.clips[7].load(16000), atol=2e-5)      # 16 bits
 
 
 def test_without_consent_the_drums_are_unavailable(mirror, tmp_path, monkeypatch):
