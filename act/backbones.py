@@ -186,6 +186,7 @@ def _checked_lengths(x, lengths):
     """The samples of each clip, on the CPU."""
     if lengths is None:
         return torch.full((len(x),), x.shape[1], device="cpu")
+    lengths = torch.as_tensor(lengths)
     if lengths.shape != x.shape[:1]:
         shape = tuple(lengths.shape)
         raise BackboneError(f"lengths has shape {shape} for a batch of {len(x)} clips: "
@@ -257,7 +258,7 @@ def forward(self: Backbone, x, lengths=None, sample_rate=None):
     ----------
     x : Tensor (B, T)
         Mono waveforms in [-1, 1], float, zero-padded to the longest.
-    lengths : LongTensor (B,), optional
+    lengths : LongTensor or array (B,), optional
         Samples of each clip; all T when missing. On the CPU, also for waveforms on a GPU; lengths that are
         there are read once, which waits for what it computes.
     sample_rate : int, optional

@@ -16,7 +16,8 @@ pytestmark = [
 ]
 NAMES = ("log-mel", "random:whisper-tiny.en", *(f"random:{name}" for name in WHEELS))
 KINDS = ("group_norm", "layer_norm", "wavlm")
-FAMILIES = ("ast", "whisper", "clap", "wav2vec2", "hubert", "wavlm", "data2vec", "conformer", "sew", "bert", "moonshine")
+FAMILIES = ("ast", "whisper", "clap", "wav2vec2", "hubert", "wavlm", "data2vec", "conformer", "sew", "bert",
+            "moonshine")
 UNPADDED = ("wav2vec2", "hubert", "data2vec", "conformer")      # transformers looks at the values of a mask
 
 
