@@ -27,7 +27,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from tqdm import tqdm
 
 from .backbones import all_trainable
-from .core import ActError, ActWarning, cache_path, code_of, content_of, device_kind, full_path
+from .core import ActError, ActWarning, cache_path, code_of, content_of, device_kind, free_bytes, full_path
 from .core import identity, libraries_of, state_of, versions
 
 # %% ../nbs/api/07_embeddings.ipynb #emb00041
@@ -226,9 +226,6 @@ def _batch_bytes(device):
         properties = torch.cuda.get_device_properties(device)
         usual = GPU_SHARE * properties.total_memory
     return min(usual, FREE_SHARE * free_bytes(device))
-
-# %% ../nbs/api/07_embeddings.ipynb #emb00101b
-from act.core import free_bytes
 
 # %% ../nbs/api/07_embeddings.ipynb #emb00102b
 def _kept_bytes(backbone, x):

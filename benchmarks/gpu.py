@@ -3,13 +3,15 @@
     python benchmarks/gpu.py [--only STEP ...] [--budget MINUTES] [--out FOLDER]
     python benchmarks/gpu.py --list
 
-The steps are `act doctor`, the tests marked `cuda`, the benchmarks on the device, and the profiles small and full, as far
-as their data are at hand (a download, or ACT_MIRROR). Each runs in processes of its own and leaves `STEP.json`, with the
-device, the versions, seconds, peak memory and the records of the benchmark, and `logs/STEP.log`. A step that fails does not
-stop the others; the exit status is 1 if one failed. A step that is done already, by the same code on the same device, is not
-repeated, so the same command resumes what was killed; the runs of a profile are resumed one by one.
+The steps are `act doctor`, the tests marked `cuda`, the benchmarks on the device, and the profiles, as far
+as their data are at hand (a download, or ACT_MIRROR). Each runs in processes of its own and
+leaves `STEP.json`, with the device, the versions, seconds, peak memory and the records of the benchmark, and
+`logs/STEP.log`. A step that fails does not stop the others; the exit status is 1 if one failed. A step that
+is done already, by the same code on the same device, is not repeated, so the same command resumes what was
+killed; the runs of a profile are resumed one by one.
 
-With a budget, no step begins after so many minutes; a study ends between two runs and any other step is ended.
+With a budget, no step begins after so many minutes; a study ends between two runs and any other step is
+ended.
 """
 import argparse
 import json
@@ -37,14 +39,14 @@ CONTEXT_GB = 8          # memory that one run of a study may need on the device
 ACT = "from act.cli import main; main()"      # the command act, which may not be installed
 
 
-# --- the steps ----------------------------------------------------------------------------------------------------------
+# --- the steps ----------------------------------------------------------------------------------------------
 
 @dataclass
 class Step:
     """A command, what it measures, and the files, beside the library, that decide what it does.
 
-    `json_option` says whether the command writes the records of a benchmark; `profile` is the name of the profile
-    that it reproduces.
+    `json_option` says whether the command writes the records of a benchmark; `profile` is the name of the
+    profile that it reproduces.
     """
 
     name: str
@@ -109,12 +111,13 @@ def all_steps(device, out):
         benchmark("embeddings", "the cost of ten times the clips", "embeddings.py", *on),
         benchmark("predict", "classifying files against embedding them", "predict.py"),
         benchmark("fewshot", "eight clips a class against other ways", "fewshot.py", *on),
+        reproduction("quick", "the profile quick, on rendered words", out),
         reproduction("small", "the profile small, notebook by notebook", out),
         reproduction("full", "what of the profile full the data at hand allows", out),
     ]
 
 
-# --- the machine --------------------------------------------------------------------------------------------------------
+# --- the machine --------------------------------------------------------------------------------------------
 
 def driver_version():
     """Of the NVIDIA driver, or None."""
@@ -171,7 +174,8 @@ def device_name(device):
 class Watch(threading.Thread):
     """Samples of the memory in use on the device and of the share of time it was busy, by nvidia-smi."""
 
-    QUERY = ["nvidia-smi", "--query-gpu=memory.used,utilization.gpu", "--format=csv,noheader,nounits", "--loop-ms=500"]
+    QUERY = ["nvidia-smi", "--query-gpu=memory.used,utilization.gpu", "--format=csv,noheader,nounits",
+             "--loop-ms=500"]
 
     def __init__(self):
         super().__init__(daemon=True)
@@ -181,7 +185,8 @@ class Watch(threading.Thread):
 
     def __enter__(self):
         try:
-            self.process = subprocess.Popen(self.QUERY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            self.process = subprocess.Popen(
+                self.QUERY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         except OSError:      # no NVIDIA driver
             return self
         self.start()
@@ -206,15 +211,15 @@ class Watch(threading.Thread):
         return dict(peak_memory_mib=max(self.memory), busy=sum(self.busy) / len(self.busy) / 100)
 
 
-# --- one step -----------------------------------------------------------------------------------------------------------
+# --- one step -----------------------------------------------------------------------------------------------
 
 def stamp_of(step, out, machine):
-    """Names everything that decides the outcome of a step: command, code, files, device, versions, data at hand."""
+    """Names what decides the outcome of a step: command, code, files, device, versions; of a profile, the data."""
     modules = [path.stem for path in (REPO / "act").glob("*.py") if not path.stem.startswith("_")]
     code = code_of(*[f"act.{module}" for module in sorted(modules)])
     files = {str(path.relative_to(REPO)): file_digest(path) for path in step.files if path.is_relative_to(REPO)}
     mirror = os.environ.get("ACT_MIRROR")
-    archives = sorted(os.listdir(full_path(mirror))) if mirror else []
+    archives = sorted(os.listdir(full_path(mirror))) if mirror and step.profile else []
     stated = {key: machine.get(key) for key in ("device", "driver", "versions")}
     return identity(command=shown_command(step, out), code=code, files=files, data=archives, machine=stated).digest
 
@@ -351,7 +356,7 @@ def do(step, out, machine, deadline):
     return outcome["status"]
 
 
-# --- all steps ----------------------------------------------------------------------------------------------------------
+# --- all steps ----------------------------------------------------------------------------------------------
 
 def machine_of(device, out):
     """The description of the machine, measured anew in a process of its own, also in `machine.json`."""

@@ -28,7 +28,7 @@ Device and precision belong to the identity of every record, so results of a GPU
 """
 
 
-# --- tables -------------------------------------------------------------------------------------------------------------
+# --- tables -------------------------------------------------------------------------------------------------
 
 def table(head, rows):
     """A Markdown table."""
@@ -55,7 +55,7 @@ def percent(share):
     return "–" if share is None else f"{100 * share:.0f} %"
 
 
-# --- parts of the page --------------------------------------------------------------------------------------------------
+# --- parts of the page --------------------------------------------------------------------------------------
 
 def machine_rows(machine):
     """What a machine is, row by row."""
