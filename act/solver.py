@@ -558,7 +558,8 @@ def linear_path(X, y, Cs, max_iter=200, tol=2e-5, standardize=True):
     Raises
     ------
     ProbeError
-        If lengths differ, a penalty is not positive, class ids are not 0..K-1, or a label is not known for any clip.
+        If lengths differ, a penalty is not positive, class ids are not 0..K-1, or a label is not known for
+        any clip.
     """
     Cs = torch.as_tensor(Cs, dtype=X.dtype, device=X.device)
     _check_path(X, y, Cs)
