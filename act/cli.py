@@ -1013,7 +1013,7 @@ def _online_summary(states):
     counts = [f"{states.count(state)} {state}" for state in ONLINE_STATES if state in states]
     failing = sum(state in FAILING_STATES for state in states)
     silent = bool(states) and all(state == "slow" for state in states)
-    remedy = f"{failing} of {len(states)} addresses fail: correct the manifest, or take the files from a mirror"
+    remedy = f"{failing} of {len(states)} addresses fail: correct the manifest, or use a mirror"
     if silent:
         remedy = "no server answered in time: check the network, or give more time by --timeout"
     return dict(check="addresses", ok=not failing and not silent,
@@ -1021,8 +1021,8 @@ def _online_summary(states):
 
 # %% ../nbs/api/20_cli.ipynb #cli00053a1
 @app.command()
-def doctor(online: bool = typer.Option(False, help="Also ask every address of the manifest whether its file is there."),
-           profile: Optional[str] = typer.Option(None, help="With --online: only what quick, small or full needs."),
+def doctor(online: bool = typer.Option(False, help="Also ask every address of the manifest."),
+           profile: Optional[str] = typer.Option(None, help="With --online: of quick, small or full only."),
            timeout: float = typer.Option(20, min=0.1, help="With --online: seconds to wait for an answer."),
            as_json: bool = AsJson):
     """Check Python, torch, GPU, cache, disk, mirror, manifest and number of jobs, with the remedies.

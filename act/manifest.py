@@ -1253,7 +1253,7 @@ def _served_name(response):
 
 
 def _has_moved(url, response):
-    """Whether a redirect was permanent, or led to another file; GitHub leaves out the suffix of an archive."""
+    """Whether a redirect was permanent, or led to another name; GitHub leaves out the suffix."""
     if not response.history:
         return False
     permanent = any(answer.is_permanent_redirect for answer in response.history)
@@ -1339,7 +1339,7 @@ def _state_online(archive, url, timeout):
         return _judge(url, archive, _ask(url, timeout))
     except requests.Timeout:
         return "slow", f"no answer within {timeout:g} s"
-    except (requests.RequestException, ValueError) as error:      # ValueError: no address, or no page of a release
+    except (requests.RequestException, ValueError) as error:      # ValueError: what is no address
         return "unreachable", f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 # %% ../nbs/api/01_manifest.ipynb #man00098
