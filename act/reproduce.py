@@ -34,7 +34,7 @@ from .paper import ARTEFACTS, checked_profile, planned_runs, training_passes
 from .report import alternative_text, picture
 from .study import Store, code_digest, default_jobs, provenance
 from .tasks import OWN_DATA, list_tasks, load_task
-from .tuning import EncoderWithHead, classifier_head
+from .tuning import AUTO, EncoderWithHead, chosen_precision, classifier_head
 
 # %% ../nbs/api/18_reproduce.ipynb #cli00008
 class ReproduceError(ActError):
@@ -674,8 +674,10 @@ def workload(profile, extended=True):
 # %% ../nbs/api/18_reproduce.ipynb #stu00054
 def _batch_seconds(backbone, precision, seconds, rows, steps):
     """Seconds of a training step, a mean over some; the first is not timed."""
-    fabric = default_fabric(precision)
     encoder = load_backbone(backbone, pretrained=False)
+    if precision == AUTO:
+        precision = chosen_precision(encoder)
+    fabric = default_fabric(precision)
     model = fabric.setup(EncoderWithHead(encoder, classifier_head(encoder.dim, 2)))
     samples = int(seconds * encoder.sample_rate)
     x = torch.randn(rows, samples, device=fabric.device)

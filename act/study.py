@@ -47,7 +47,7 @@ from .geometry import GeometryError, geometry, purity
 from .metrics import METRICS, is_unknown
 from .probes import dual_probe, probe_device
 from .tasks import SPLITS, load_task, source_state
-from .tuning import METHODS, TuneConfig, option_pairs, tune, tuning_functions
+from .tuning import AUTO, METHODS, TuneConfig, chosen_precision, option_pairs, tune, tuning_functions
 
 # %% ../nbs/api/15_study.ipynb #stu00006
 FROZEN = "frozen"       # the method of a run that does not tune
@@ -177,11 +177,21 @@ def _encoder_identity(name):
     return _encoder(name).digest
 
 
+@lru_cache(maxsize=64)
+def _auto_precision(encoder):
+    """What `chosen_precision` finds for an encoder; it is loaded, as a step may have to be timed."""
+    return chosen_precision(load_backbone(encoder.name))
+
+
 def _settings(run):
     """The settings that the encoder and the method choose for a run; none if the encoder is frozen."""
     if run.config is None:
         return {}
-    chosen = run.config.for_backbone(_encoder(run.backbone))
+    encoder = _encoder(run.backbone)
+    config = run.config
+    if config.precision == AUTO:
+        config = replace(config, precision=_auto_precision(encoder))
+    chosen = config.for_backbone(encoder)
     return {name: value for name, value in vars(chosen).items() if value != getattr(run.config, name)}
 
 # %% ../nbs/api/15_study.ipynb #stu00012a1

@@ -743,3 +743,134 @@ def test_a_method_chooses_among_its_losses(registered):
 def test_a_method_that_cannot_be_is_named(settings, head, expected, registered):
     with pytest.raises(TuningError, match=expected): register_method(**settings)(head)
     assert isinstance(METHODS["vanilla"], Method) and list(METHODS) == ["contrastive", "vanilla", "lp-ft"]
+
+
+# ---------------------------------------------------------------- losses that are read several steps later
+
+class Breaking(torch.nn.Module):
+    """A contrastive loss that is NaN from a step on."""
+    def __init__(self, step):
+        super().__init__()
+        self.step, self.calls = step, -1                        # the first call tries the loss out
+
+    def forward(self, z, labels):
+        self.calls += 1
+        loss = contrastive_loss(z, labels)
+        return loss * float("nan") if self.calls > self.step else loss
+
+
+@pytest.fixture
+def read_late(monkeypatch): monkeypatch.setattr("act.tuning._STEPS_TO_READ", dict(cpu=4))
+
+
+SMALL = TuneConfig(method="vanilla", passes=8, batch=8, lr=1e-3)
+
+
+@pytest.fixture(scope="module")
+def at_once():
+    """A run whose losses are read after every step."""
+    return tune(load_backbone("random:speech-embedding"), load_task("words-4").subset(range(24)), SMALL, progress=False)
+
+
+def test_a_log_that_is_read_late_is_the_same(at_once, read_late):
+    tuned = tune(load_backbone("random:speech-embedding"), load_task("words-4").subset(range(24)), SMALL, progress=False)
+    assert torch.equal(weights(tuned.backbone), weights(at_once.backbone))
+    columns = [column for column in at_once.log if column != "clips_per_second"]
+    assert list(tuned.log) == list(at_once.log) and tuned.log[columns].equals(at_once.log[columns])
+    assert tuned.log.clips_per_second.nunique() < len(tuned.log)
+
+
+def test_batches_prepared_ahead_are_the_same(at_once, monkeypatch):
+    monkeypatch.setattr("act.tuning._PREPARED_AHEAD", dict(cpu=2))
+    tuned = tune(load_backbone("random:speech-embedding"), load_task("words-4").subset(range(24)), SMALL, progress=False)
+    assert torch.equal(weights(tuned.backbone), weights(at_once.backbone))
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_loss_that_is_read_late_names_its_step(step, read_late, tmp_path):
+    """And no checkpoint holds weights from after it."""
+    task = load_task("words-4").subset(range(24))
+    config = replace(SMALL, method="contrastive", loss=Breaking(step), checkpoint_minutes=0)
+    with pytest.raises(TuningError, match=f"the loss became nan at step {step}: lower lr"):
+        tune(load_backbone("log-mel"), task, config, folder=tmp_path, progress=False)
+    assert not (tmp_path / "checkpoint.safetensors").exists()
+
+
+def test_a_callback_gets_every_step(read_late):
+    rows = []
+    keep = lambda row, model: rows.append(row)
+    log = tune(load_backbone("log-mel"), load_task("words-4").subset(range(24)), SMALL, progress=False, callback=keep).log
+    assert rows == log.to_dict("records")
+
+
+# ---------------------------------------------------------------- what follows from encoder, machine and data
+
+def test_the_precision_is_chosen_by_a_ratio_that_is_timed_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("ACT_CACHE", str(tmp_path))
+    monkeypatch.setattr("act.tuning._cpu_has_bf16", lambda: True)
+    gains = iter([1.5, 1.1])
+    monkeypatch.setattr("act.tuning._timed_gain", lambda backbone: next(gains))
+    config = TuneConfig(precision="auto", passes=1, batch=8)
+    chosen = [config.for_backbone(load_backbone(name)).precision for name in ("random:speech-embedding", "log-mel") * 2]
+    assert chosen == ["bf16-mixed", "32-true"] * 2                # the second time from the cache folder
+    task = load_task("words-4").subset(range(24))
+    tuned = tune(load_backbone("random:speech-embedding"), task, config, progress=False)
+    assert tuned.config.precision == "bf16-mixed" and np.isfinite(tuned.log.loss).all()
+
+
+def test_a_run_is_named_by_the_precision_that_was_chosen(monkeypatch):
+    from act import study
+    run = study.Run("words-4", "random:speech-embedding", "vanilla", 0, dict(passes=1, precision="auto"))
+    names = []
+    for chosen in ("bf16-mixed", "32-true"):
+        monkeypatch.setattr("act.study.chosen_precision", lambda backbone: chosen)
+        study._auto_precision.cache_clear()
+        assert study._settings(run)["precision"] == chosen
+        names.append(study.run_key(run))
+    study._auto_precision.cache_clear()
+    assert names[0] != names[1]
+
+
+def test_a_step_of_both_kinds_is_timed():
+    from act.tuning import _cpu_words, _timed_gain
+    assert 0 < _timed_gain(load_backbone("random:speech-embedding")) < 100 and _cpu_words()[0]
+
+
+def test_a_given_fabric_decides_what_auto_means():
+    from act.embeddings import default_fabric
+    task = load_task("words-4").subset(range(24))
+    config = TuneConfig(precision="auto", passes=1, batch=8)
+    tuned = tune(load_backbone("log-mel"), task, config, fabric=default_fabric("64-true"), progress=False)
+    assert tuned.config.precision == "64-true"
+
+
+def test_biases_and_norms_do_not_decay():
+    from act.tuning import EncoderWithHead, _optimiser
+    backbone = load_backbone("random:speech-embedding")
+    model = EncoderWithHead(backbone, classifier_head(backbone.dim, 4))
+    groups = _optimiser(model, replace(CONFIG, head_lr=.1)).param_groups
+    assert [(group["peak"], group["weight_decay"]) for group in groups] == [(1e-3, .01), (1e-3, 0.), (.1, .01), (.1, 0.)]
+    assert all((p.ndim > 1) == (group["weight_decay"] > 0) for group in groups for p in group["params"])
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+def test_chance_is_that_of_the_rows_there_are():
+    task = load_task("words-4").subset(range(40))
+    tuned = tune(load_backbone("log-mel"), task, TuneConfig(passes=2, batch=1024), progress=False)
+    assert tuned.chance == pytest.approx(np.log(tuned.log.rows.max() - 1)) and tuned.log.rows.max() == 80
+
+
+@pytest.mark.parametrize("spread, bucketed", [(0., False), (.1, False), (1., True)])
+def test_clips_of_very_different_length_are_batched_by_length(spread, bucketed):
+    rng = np.random.default_rng(0)
+    lengths = (16000 * np.exp(spread * rng.standard_normal(200))).astype(int)
+    labels = torch.arange(200) % 5
+    shuffled = batches(labels, 16, 0, 0)
+    epoch = batches(labels, 16, 0, 0, lengths=lengths)
+    assert sorted(np.concatenate(epoch)) == list(range(200)) and list(map(len, epoch)) == list(map(len, shuffled))
+    assert bucketed != np.array_equal(np.concatenate(epoch), np.concatenate(shuffled))
+    balanced = [batches(labels, 16, 0, 0, 4, lengths=each) for each in (None, lengths)]
+    assert np.array_equal(np.concatenate(balanced[0]), np.concatenate(balanced[1]))
+    if bucketed:
+        longest = [lengths[rows].max() for rows in epoch]
+        assert longest != sorted(longest)                       # batches come in random order
