@@ -5,12 +5,13 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 p
 	if $$p -c '$(tested)' 2>/dev/null; then echo $$p; break; fi; done)
 ONLY ?=
 SEEDS ?=
+BUDGET ?=
 bin := .venv/bin
 extras := paper,explorer,words,wheels,hf,adapters,formats,docs,dev
 ready := .venv/.ready
 options = --profile $(PROFILE) $(if $(ONLY),--only $(ONLY)) $(if $(SEEDS),--seeds $(SEEDS))
 
-.PHONY: help env reproduce estimate test test-slow lab docs notebooks sync check-results bench clean
+.PHONY: help env reproduce estimate test test-slow lab docs notebooks sync check-results bench gpu clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 18
@@ -54,7 +55,10 @@ check-results: $(ready)  ## derive the committed tables again from their run rec
 	@$(bin)/act check-results results/small
 
 bench: $(ready)  ## every benchmark, each against its peer
-	@for b in benchmarks/[a-z]*.py; do $(bin)/python $$b; done
+	@for b in $(filter-out benchmarks/gpu.py,$(wildcard benchmarks/[a-z]*.py)); do $(bin)/python $$b; done
+
+gpu: $(ready)    ## on a GPU: doctor, cuda tests, benchmarks, small, what of full there is, into results/gpu; resumes
+	@$(bin)/python benchmarks/gpu.py $(if $(ONLY),--only $(ONLY)) $(if $(BUDGET),--budget $(BUDGET))
 
 clean:           ## forget the environment and what was built
 	rm -rf .venv docs/_build _proc

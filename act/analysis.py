@@ -46,12 +46,12 @@ def mean_interval(values):
     -------
     mean : float
     half_width : float
-        NaN for a single value.
+        NaN for a single value, and where a value is infinite.
     """
     values = np.asarray(values, float)
     n = len(values)
     mean = float(values.mean())
-    if n < 2:
+    if n < 2 or np.isinf(values).any():
         return mean, float("nan")
     return mean, float(_t_quantile(n - 1) * stats.sem(values))
 

@@ -6,7 +6,7 @@
 __all__ = ['SUFFIXES', 'FFMPEG_SUFFIXES', 'MIN_RATE', 'MAX_RATE', 'MAX_PER_BYTE', 'BLOCK', 'QUALITY', 'TOGETHER', 'MAX_PEAK',
            'MIX_LEVEL', 'CLIPS_PER_JOB', 'SHORT', 'AudioError', 'decodable', 'Encoded', 'resample', 'read_audio',
            'audio_info', 'check_audio', 'collate', 'Clip', 'as_waveform', 'ArrayClip', 'RowClip', 'ItemClip', 'Mixture',
-           'WaveCache', 'seekable', 'data_url', 'sound_address']
+           'quantised', 'waveform_keys', 'WaveCache', 'seekable', 'data_url', 'sound_address']
 
 # %% ../nbs/api/02_audio.ipynb #aud00003
 import base64
@@ -14,12 +14,12 @@ import contextlib
 import functools
 import io
 import itertools
-import json
 import math
 import os
 import shlex
 import sys
 import time
+import zipfile
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -79,6 +79,8 @@ def decodable(path):
 # %% ../nbs/api/02_audio.ipynb #aud00051
 from dataclasses import field
 from io import BytesIO
+
+from fastcore.basics import patch
 
 from act.core import content_of, file_digest
 
@@ -487,12 +489,14 @@ def check_audio(path):
     return sample_rate, duration
 
 # %% ../nbs/api/02_audio.ipynb #aud00020
-def collate(waveforms):
+def collate(waveforms, width=None):
     """Stack waveforms of different lengths.
 
     Parameters
     ----------
     waveforms : list of Tensor (T_i,)
+    width : int, optional
+        T; by default the length of the longest.
 
     Returns
     -------
@@ -504,6 +508,8 @@ def collate(waveforms):
     waveforms = list(waveforms)
     lengths = [len(x) for x in waveforms]
     padded = pad_sequence(waveforms, batch_first=True)
+    if width is not None:
+        padded = F.pad(padded, (0, width - padded.shape[1]))
     return padded, torch.tensor(lengths)
 
 # %% ../nbs/api/02_audio.ipynb #aud00024
@@ -920,67 +926,134 @@ def _loaded(clips, sample_rate, workers):
             yield from job.result()
 
 # %% ../nbs/api/02_audio.ipynb #aud00031
-def _write_waveforms(path, waveforms):
-    """Write waveforms end to end; the length and the checksum of each."""
-    lengths = []
-    checksums = []
+def quantised(x):
+    """A waveform as 16-bit integers and a factor.
+
+    Parameters
+    ----------
+    x : array (T,)
+        float32, finite.
+
+    Returns
+    -------
+    samples : int16 array (T,)
+    factor : float
+        1 / 32768 if that loses nothing; otherwise the peak of `x` becomes 32767.
+    """
+    peak = float(np.abs(x).max(initial=0))
+    if peak <= 1:
+        scaled = x * np.float32(32768)                     # exact, a power of two
+        whole = np.rint(scaled)
+        if whole.max(initial=0) < 32768 and np.array_equal(whole, scaled):
+            return whole.astype(np.int16), 1 / 32768
+    factor = max(peak / 32767, float(np.finfo(np.float32).tiny))
+    whole = np.rint(x / np.float32(factor)).clip(-32767, 32767)
+    return whole.astype(np.int16), factor
+
+# %% ../nbs/api/02_audio.ipynb #aud00313
+FILE_BYTES = 2**30       # a file of a store is ended when it has reached this size
+_ENTRY = np.dtype([("key", "S32"), ("first", "i8"), ("samples", "i8"), ("factor", "f4"), ("crc", "u4")])
+
+
+def _write_samples(path, keys, waveforms):
+    """Write waveforms end to end up to `FILE_BYTES`; the entry of each, an array of `_ENTRY`."""
+    entries = []
+    first = 0
     with open(path, "wb") as f:
-        for x in waveforms:
-            data = np.ascontiguousarray(x.numpy(), dtype=np.float32)
-            lengths.append(len(data))
-            checksums.append(zlib.crc32(data))
-            f.write(data)
-    return lengths, checksums
+        for x, key in zip(waveforms, keys):
+            samples, factor = quantised(x.numpy())
+            checksum = zlib.crc32(samples)
+            entries.append((key, first, len(samples), factor, checksum))
+            f.write(samples)
+            first += len(samples)
+            if samples.itemsize * first >= FILE_BYTES:
+                break
+        f.flush()
+        os.fsync(f.fileno())
+    return np.array(entries, _ENTRY)
 
 # %% ../nbs/api/02_audio.ipynb #aud00031d
-def _build(path, clips, sample_rate, header, workers, progress):
-    """Write the samples, then the index that makes them valid."""
-    # Left by a process that was killed; this one holds the lock.
-    for leftover in path.parent.glob(f"{path.name}.*.tmp"):
-        leftover.unlink()
-    waveforms = tqdm(
-        _loaded(clips, sample_rate, workers),
-        total=len(clips),
-        desc=f"decode at {sample_rate} Hz",
-        disable=not progress,
-        file=sys.stdout,
-        mininterval=1,
-        ncols=80,
-    )
-    with replacing(path) as temporary:
-        lengths, checksums = _write_waveforms(temporary, waveforms)
-    _recent.cache_clear()
-    written = path.stat().st_mtime_ns
-    index = dict(header, mtime=written, lengths=lengths, crcs=checksums)
-    write_atomic(path.with_suffix(".json"), json.dumps(index))
+def _append(folder, keys, waveforms):
+    """Write waveforms to new files of a store, each followed by the index that makes it valid."""
+    waveforms = iter(waveforms)
+    done = 0
+    while done < len(keys):
+        path = folder/f"{keys[done]}.i16"
+        with replacing(path) as temporary:
+            entries = _write_samples(temporary, keys[done:], waveforms)
+        index = io.BytesIO()
+        written = path.stat().st_mtime_ns
+        np.savez(index, entries=np.sort(entries, order="key"), written=written)
+        write_atomic(path.with_suffix(".npz"), index.getvalue())
+        done += len(entries)
 
 # %% ../nbs/api/02_audio.ipynb #aud00031a
-def _intact(path, index):
+def _mapped(path):
+    """The samples of a file, memory-mapped."""
+    if not path.stat().st_size:
+        return np.empty(0, np.int16)        # cannot be mapped
+    return np.memmap(path, np.int16, "r")
+
+
+def _intact(path, entries):
     """Whether every waveform has the checksum that it was written with."""
-    data = np.memmap(path, np.float32, "r")
-    end = 0
-    for length, checksum in zip(index["lengths"], index["crcs"]):
-        start, end = end, end + length
-        if zlib.crc32(data[start:end]) != checksum:
+    data = _mapped(path)
+    for entry in entries:
+        end = entry["first"] + entry["samples"]
+        if zlib.crc32(data[entry["first"]:end]) != entry["crc"]:
             return False
     return True
 
 # %% ../nbs/api/02_audio.ipynb #aud00031e
-def _index(path, header):
-    """The index of a complete cache that holds what `header` describes, else None."""
+_DAMAGED = OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile
+
+
+def _entries(path):
+    """The entries of a file of a store, sorted by key; None if it is damaged."""
     try:
-        text = path.with_suffix(".json").read_text()
-        index = json.loads(text)
+        with np.load(path.with_suffix(".npz")) as index:
+            entries = index["entries"]
+            written = int(index["written"])
         status = path.stat()
-    except (OSError, ValueError):
+    except _DAMAGED:
         return None
-    for name, value in header.items():
-        if index.get(name) != value:
-            return None
-    if status.st_size != 4 * sum(index["lengths"]):
+    if status.st_size != 2 * entries["samples"].sum():
         return None
-    untouched = index["mtime"] == status.st_mtime_ns
-    return index if untouched or _intact(path, index) else None
+    untouched = written == status.st_mtime_ns
+    return entries if untouched or _intact(path, entries) else None
+
+# %% ../nbs/api/02_audio.ipynb #aud00315
+def _valid_files(folder):
+    """The entries of each valid file of a store, by path."""
+    files = {}
+    for index in sorted(folder.glob("*.npz")):
+        path = index.with_suffix(".i16")
+        entries = _entries(path)
+        if entries is not None:
+            files[path] = entries
+    return files
+
+
+def _remove_invalid(folder, files):
+    """Remove what a killed program left, and what is damaged; the caller holds the lock."""
+    valid = {path.stem for path in files}
+    for path in folder.iterdir():
+        if path.stem not in valid or path.suffix == ".tmp":
+            path.unlink()
+
+# %% ../nbs/api/02_audio.ipynb #aud00316
+def _located(files, keys):
+    """The number of the file that holds each key, -1 if none does, and its entry there."""
+    keys = np.array(keys, "S32")
+    file = np.full(len(keys), -1)
+    found = np.zeros(len(keys), _ENTRY)
+    for number, entries in enumerate(files.values()):
+        position = np.searchsorted(entries["key"], keys)
+        candidates = entries[position.clip(max=len(entries) - 1)]
+        here = candidates["key"] == keys
+        file[here] = number
+        found[here] = candidates[here]
+    return file, found
 
 # %% ../nbs/api/02_audio.ipynb #aud00031c
 def _decoders(clips):
@@ -998,39 +1071,71 @@ def _decoders(clips):
         decoders["av"] = av.__version__
     return decoders
 
+# %% ../nbs/api/02_audio.ipynb #aud00317
+def waveform_keys(clips, sample_rate, contents):
+    """The name of each waveform in the cache, which follows from all that it depends on.
+
+    Parameters
+    ----------
+    clips : list of Clip
+        Or of anything with `key` and `load(sample_rate)`.
+    sample_rate : int
+        Hz.
+    contents : list
+        What identifies each clip and the contents of its files, as `act.core.content_of` takes it.
+
+    Returns
+    -------
+    list of str
+        32 hexadecimal digits each.
+    """
+    keys = []
+    digests = {}            # of what clips of one type and format have in common
+    for clip, content in zip(clips, contents, strict=True):
+        decoders = _decoders([clip])
+        kind = type(clip), len(decoders)
+        if kind not in digests:
+            digests[kind] = _common_identity(type(clip), sample_rate, decoders).digest
+        keys.append(content_of([digests[kind], content])[:32])
+    return keys
+
+
+def _common_identity(clip_type, sample_rate, decoders):
+    """What all waveforms of one type of clip depend on."""
+    return identity(
+        sample_rate=sample_rate,
+        code=code_of("act.audio", clip_type),
+        versions={**versions(), **decoders},
+    )
+
 # %% ../nbs/api/02_audio.ipynb #aud00032
 class WaveCache:
     """The waveforms of a list of clips at one rate, decoded once, memory-mapped.
 
+    Use `WaveCache.open` to make one.
+
     Parameters
     ----------
-    path : Path
-        The samples of an existing cache; use `WaveCache.open` to make one.
+    sample_rate : int
+        Hz.
+    paths : list of Path
+        Files of 16-bit samples.
+    file : array (N,)
+        Which of them holds each clip.
+    entries : array (N,)
+        Where in it.
     """
-    def __init__(self, path):
-        self.path = Path(path)
-        text = self.path.with_suffix(".json").read_text()
-        index = json.loads(text)
-        self.sample_rate = index["sample_rate"]
-        self.lengths = torch.tensor(index["lengths"])
-        self._ends = self.lengths.cumsum(0).tolist()
-        self._data = np.memmap(path, np.float32, "r")
-
-    @staticmethod
-    def identity(clips, sample_rate, digest):
-        """What the waveforms depend on: clips, code and libraries; an `act.core.Identity`."""
-        types = dict.fromkeys(map(type, clips))          # each once, in their order
-        libraries = {**versions(), **_decoders(clips)}
-        return identity(
-            clips=digest,
-            sample_rate=sample_rate,
-            code=code_of("act.audio", *types),
-            versions=libraries,
-        )
+    def __init__(self, sample_rate, paths, file, entries):
+        self.sample_rate = sample_rate
+        self.paths = paths
+        self.file = file
+        self.entries = entries
+        self.lengths = torch.from_numpy(entries["samples"].copy())
+        self._data = [_mapped(path) for path in paths]
 
     @classmethod
-    def open(cls, clips, sample_rate, digest, workers=None, progress=True):
-        """Open the cache of these clips, building it when it is absent or damaged.
+    def open(cls, clips, sample_rate, contents, workers=None, progress=True, store=""):
+        """Open the waveforms of these clips; those that are absent or damaged are decoded.
 
         Parameters
         ----------
@@ -1038,12 +1143,14 @@ class WaveCache:
             Or of anything with `key` and `load(sample_rate)`.
         sample_rate : int
             Hz.
-        digest : str
-            Identifies the clips and the contents of their files, such as `Task.content`.
+        contents : list
+            What identifies each clip and the contents of its files, as `act.core.content_of` takes it.
         workers : int, optional
             Threads; by default one per core if that pays and all clips are `threadsafe`, else one.
         progress : bool
-            Show a bar while building.
+            Show a bar while decoding.
+        store : str
+            The data set. One process at a time adds clips to a store; the waveforms are the same in any.
 
         Returns
         -------
@@ -1052,20 +1159,21 @@ class WaveCache:
         Raises
         ------
         AudioError
-            If a clip cannot be read; nothing is left behind.
+            If a clip cannot be read; of the clips decoded in this call, only complete files stay.
         """
-        name = cls.identity(clips, sample_rate, digest).digest[:24]
-        path = cache_path()/"waves"/f"{name}-{sample_rate}.f32"
-        header = dict(digest=digest, sample_rate=sample_rate, clips=len(clips))
-        if _index(path, header) is None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(f"{path}.lock"):
-                if _index(path, header) is None:
-                    workers = workers or _workers(clips, sample_rate)
-                    _build(path, clips, sample_rate, header, workers, progress)
-        return cls(path)
+        keys = waveform_keys(clips, sample_rate, contents)
+        name = identity(store=store, code=code_of("act.audio"), versions=versions()).digest[:24]
+        folder = cache_path()/"waves"/f"{name}-{sample_rate}"
+        files = _valid_files(folder)
+        file, entries = _located(files, keys)
+        if (file < 0).any():
+            files = _with_missing(folder, clips, keys, sample_rate, workers, progress)
+            file, entries = _located(files, keys)
+        used, file = np.unique(file, return_inverse=True)
+        paths = list(files)
+        return cls(sample_rate, [paths[number] for number in used], file, entries)
 
-    def __len__(self): return len(self._ends)
+    def __len__(self): return len(self.entries)
 
     def __getitem__(self, i):
         samples = int(self.lengths[i])
@@ -1073,37 +1181,86 @@ class WaveCache:
 
     def stretch(self, i, start, samples):
         """Up to so many samples of clip `i` from `start` on, (T,); nothing else is read."""
-        end = self._ends[i]
-        first = end - int(self.lengths[i]) + start
-        last = min(end, first + samples)
-        copy = np.array(self._data[first:last])
-        return torch.from_numpy(copy)
+        x, _ = self.batch([i], [start], [samples])
+        return x[0]
 
     def __reduce__(self):
-        return WaveCache, (self.path,)
+        return WaveCache, (self.sample_rate, self.paths, self.file, self.entries)
 
-    def batch(self, indices, starts=None, samples=None):
-        """The clips of these indices as (x (B, T), lengths (B,)).
+# %% ../nbs/api/02_audio.ipynb #aud00318
+def _with_missing(folder, clips, keys, sample_rate, workers, progress):
+    """Decode the clips that a store does not hold; all its files, as of `_valid_files`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(f"{folder}.lock"):
+        files = _valid_files(folder)
+        _remove_invalid(folder, files)
+        file, _ = _located(files, keys)
+        missing = {keys[i]: clips[i] for i in np.flatnonzero(file < 0)}      # each once
+        if missing:
+            waveforms = _decoding(list(missing.values()), sample_rate, workers, progress)
+            _append(folder, list(missing), waveforms)
+            _recent.cache_clear()
+        return _valid_files(folder)
 
-        Parameters
-        ----------
-        indices : array (B,)
-            Which clips.
-        starts, samples : array (B,), optional
-            A stretch of each, instead of all of it: where it begins, and how long it is at most.
 
-        Returns
-        -------
-        x : Tensor (B, T)
-        lengths : LongTensor (B,)
-        """
-        if starts is None:
-            return collate([self[int(i)] for i in indices])
-        stretches = []
-        for i, start, count in zip(indices, starts, samples):
-            x = self.stretch(int(i), int(start), int(count))
-            stretches.append(x)
-        return collate(stretches)
+def _decoding(clips, sample_rate, workers, progress):
+    """The waveforms of clips, in order, with a progress bar."""
+    workers = workers or _workers(clips, sample_rate)
+    return tqdm(
+        _loaded(clips, sample_rate, workers),
+        total=len(clips),
+        desc=f"decode at {sample_rate} Hz",
+        disable=not progress,
+        file=sys.stdout,
+        mininterval=1,
+        ncols=80,
+    )
+
+# %% ../nbs/api/02_audio.ipynb #aud00320
+@patch
+def batch(self: WaveCache, indices, starts=None, samples=None, width=None):
+    """The clips of these indices as (x (B, T), lengths (B,)).
+
+    Parameters
+    ----------
+    indices : array (B,)
+        Which clips.
+    starts, samples : array (B,), optional
+        A stretch of each, instead of all of it: where it begins, and how long it is at most.
+    width : int, optional
+        T; by default the length of the longest stretch.
+
+    Returns
+    -------
+    x : Tensor (B, T)
+        Zero beyond the lengths.
+    lengths : LongTensor (B,)
+        On the CPU.
+    """
+    indices = np.asarray(indices, dtype=np.int64)
+    lengths = self.entries["samples"][indices]
+    if starts is None:
+        starts = np.zeros_like(lengths)
+    else:
+        starts = np.asarray(starts, dtype=np.int64)
+        lengths = np.minimum(samples, lengths - starts).clip(min=0)
+    if width is None:
+        width = lengths.max(initial=0)
+    x = np.empty((len(indices), width), np.float32)
+    for row, i, start, length in zip(x, indices, starts, lengths):
+        self._read(row[:length], i, start)
+        row[length:] = 0
+    return torch.from_numpy(x), torch.from_numpy(lengths)
+
+# %% ../nbs/api/02_audio.ipynb #aud00321
+@patch
+def _read(self: WaveCache, row, i, start):
+    """Fill `row` (T,) with the samples of clip `i` from `start` on."""
+    entry = self.entries[i]
+    first = entry["first"] + start
+    samples = self._data[self.file[i]][first:first + len(row)]
+    row[:] = samples
+    row *= entry["factor"]        # in place: twice as fast as one multiplication of integers
 
 # %% ../nbs/api/02_audio.ipynb #aud00041
 def seekable(path):

@@ -84,6 +84,20 @@ def main():
         if end.code != INTERRUPTED: raise
         _exit("interrupted", INTERRUPTED)
 
+# %% ../nbs/api/20_cli.ipynb #cli00041v1
+def _print_version(wanted):
+    """Print the version of act and end, if asked to."""
+    if wanted:
+        import act
+        typer.echo(f"act {act.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True,
+                                          help="Print the version and end.")):
+    pass
+
 # %% ../nbs/api/20_cli.ipynb #cli00020
 @app.command()
 def reproduce(profile: str = typer.Option("quick", help="quick, small, full, or a YAML file."),
@@ -408,12 +422,6 @@ def probe(embeddings: Path = typer.Argument(..., help="An .npz with embeddings, 
         typer.echo(dual._repr_markdown_())
 
 # %% ../nbs/api/20_cli.ipynb #cli00029
-def _task_of(where):
-    """The task of a folder, a CSV of labels, or a name."""
-    from act.classifier import open_task
-    return open_task(where)
-
-
 def _announce_task(task):
     """Print the size of a task before the work begins."""
     uses = dict(train="to tune on", valid="to choose by", test="to test on")
@@ -548,13 +556,14 @@ def tune(where: Path = typer.Argument(..., callback=_home,
     Example: act tune my_audio/ --backbone speech-embedding --trials 3 --out my_model
     """
     from act.backbones import check_save_folder, load_backbone
-    from act.classifier import FROZEN
+    from act.classifier import open_task
+    from act.tuning import FROZEN
     check_save_folder(out, force)
     options = _tune_options(method=method, loss=loss, passes=passes, lr=lr, batch=batch, views=views,
                             per_class=per_class, precision=precision, max_seconds=max_seconds, seed=seed)
     encoder = load_backbone(backbone)
     config = None if method == FROZEN else _trial_configs(options, trials, encoder)
-    task = _task_of(where)
+    task = open_task(where)
     task.require("train", "valid", "test")
     settings = dict(backbone=encoder, method=method, config=config, max_seconds=max_seconds)
     with _stdout_free(as_json):
@@ -734,13 +743,14 @@ def _encoder_of(model):
 # %% ../nbs/api/20_cli.ipynb #cli00181a1
 def _labelled_task(paths, labels):
     """The task that is to be embedded, or None for recordings without labels."""
+    from act.classifier import open_task
     if len(paths) != 1:
         if labels: raise ActError("--labels takes one folder, table or task")
         return None
     path = full_path(paths[0])
     is_table = path.suffix.lower() in (".csv", ".tsv")
     if labels or is_table or _is_task_name(paths[0]):
-        return _task_of(paths[0])
+        return open_task(paths[0])
     return None
 
 
@@ -879,9 +889,10 @@ def compare(where: Path = typer.Argument(..., callback=_home,
 
     Example: act compare my_audio/ --backbones speech-embedding,log-mel --budget 10
     """
+    from act.classifier import open_task
     from act.comparison import compare_on
     with _stdout_free(as_json):
-        task = _task_of(where)
+        task = open_task(where)
         _announce_task(task)
         result = compare_on(task, _listed(backbones), _listed(methods), seeds=seeds, folds=folds, passes=passes,
                             budget=budget, out=out)
@@ -981,21 +992,59 @@ def _result(name):
         ok, description, remedy = False, "", f"{type(error).__name__}: {error}"
     return dict(check=name, ok=bool(ok), found=description, remedy="" if ok else remedy)
 
+# %% ../nbs/api/20_cli.ipynb #cli00053b1
+def _online_rows(profile, timeout):
+    """Rows of the report about the addresses of the manifest."""
+    from act.manifest import FAILING_STATES, check_online, names_of
+    names = names_of(profile) if profile else None
+    checks = check_online(names, timeout)
+    rows = []
+    for check in checks:
+        if check.state != "ok":
+            rows.append(dict(check=f"{check.entry}, {check.url}", ok=check.state not in FAILING_STATES,
+                             found=": ".join(filter(None, (check.state, check.detail))), remedy="",
+                             state=check.state))
+    return [*rows, _online_summary([check.state for check in checks])]
+
+
+def _online_summary(states):
+    """The last row: how many addresses there are of each state."""
+    from act.manifest import FAILING_STATES, ONLINE_STATES
+    counts = [f"{states.count(state)} {state}" for state in ONLINE_STATES if state in states]
+    failing = sum(state in FAILING_STATES for state in states)
+    silent = bool(states) and all(state == "slow" for state in states)
+    remedy = f"{failing} of {len(states)} addresses fail: correct the manifest, or take the files from a mirror"
+    if silent:
+        remedy = "no server answered in time: check the network, or give more time by --timeout"
+    return dict(check="addresses", ok=not failing and not silent,
+                found=f"{len(states)} asked: {', '.join(counts)}", remedy=remedy if failing or silent else "")
+
 # %% ../nbs/api/20_cli.ipynb #cli00053a1
 @app.command()
-def doctor(as_json: bool = AsJson):
-    """Check Python, torch, GPU, cache, disk, mirror, manifest and number of jobs, with the remedies."""
+def doctor(online: bool = typer.Option(False, help="Also ask every address of the manifest whether its file is there."),
+           profile: Optional[str] = typer.Option(None, help="With --online: only what quick, small or full needs."),
+           timeout: float = typer.Option(20, min=0.1, help="With --online: seconds to wait for an answer."),
+           as_json: bool = AsJson):
+    """Check Python, torch, GPU, cache, disk, mirror, manifest and number of jobs, with the remedies.
+
+    Example: act doctor --online --profile full
+    """
+    if profile and not online:
+        raise ActError("--profile chooses the addresses that --online asks: give both")
     rows = [_result(name) for name in DOCTOR_CHECKS]
+    if online:
+        rows += _online_rows(profile, timeout)
     if as_json:
         typer.echo(json.dumps(rows))
     else:
         _print_checks(rows)
-    remedies = [row["remedy"] for row in rows if not row["ok"]]
+    remedies = [row["remedy"] for row in rows if row["remedy"]]
     if remedies: raise ActError("; ".join(remedies))
 
 
 def _print_checks(rows):
     for row in rows:
-        state = "ok  " if row["ok"] else "FAIL"
+        passed = "note" if "state" in row else "ok  "
+        state = passed if row["ok"] else "FAIL"
         parts = [part for part in (row["found"], row["remedy"]) if part]
         typer.echo(f"{state} {row['check']}: {'; '.join(parts)}")

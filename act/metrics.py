@@ -658,10 +658,20 @@ def _resamples(n, count, seed, clips=None):
 
 
 def _percentiles(draws, level):
-    """Bounds of the central interval that contains a share `level` of the draws."""
+    """Bounds of the central interval that contains a share `level` of the draws; NaN if none is defined.
+
+    Where draws are infinite, nothing can be interpolated: each bound is then the next draw outwards.
+    """
+    draws = draws[~np.isnan(draws)]
     lower = (1 - level) / 2
     upper = (1 + level) / 2
-    low, high = np.nanquantile(draws, [lower, upper])
+    if not len(draws):
+        return float("nan"), float("nan")
+    if np.isfinite(draws).all():
+        low, high = np.quantile(draws, [lower, upper])
+    else:
+        low = np.quantile(draws, lower, method="lower")
+        high = np.quantile(draws, upper, method="higher")
     return float(low), float(high)
 
 # %% ../nbs/api/10_metrics.ipynb #met00051
@@ -760,9 +770,15 @@ def _group_resamples(ids, count, seed):
 
 
 def _group_error(draws, ids):
-    """Standard error and degrees of freedom from a value in every resample (R,) of groups."""
+    """Standard error and degrees of freedom from a value in every resample (R,) of groups.
+
+    The error is NaN where a value is infinite, or fewer than two are defined.
+    """
     groups = ids.max() + 1
-    error = np.nanstd(draws, ddof=1) * np.sqrt(groups / (groups - 1))
+    draws = draws[~np.isnan(draws)]
+    error = float("nan")
+    if len(draws) > 1 and np.isfinite(draws).all():
+        error = draws.std(ddof=1) * np.sqrt(groups / (groups - 1))
     return error, effective_groups(ids) - 1
 
 # %% ../nbs/api/10_metrics.ipynb #pro00029
@@ -902,6 +918,15 @@ def _cohens_d(differences):
     return float(differences.mean() / spread)
 
 # %% ../nbs/api/10_metrics.ipynb #met00031
+def _subtract(metric, a, b):
+    """The difference of two values of a metric, or of arrays (R,) of them; refuses infinite ones."""
+    if np.isinf(a).any() or np.isinf(b).any():
+        name = getattr(metric, "__name__", "the metric")
+        raise ProbeError(f"{name} is infinite for some clips, so methods do not differ by a number; "
+                         "compare another metric, such as roc_auc instead of d_prime")
+    return a - b
+
+
 def _difference_draws(by_clips, seed):
     """Mean difference over seeds (R,), with the seeds drawn again in every resample of clips (S, R)."""
     seeds, n_resamples = by_clips.shape
@@ -946,7 +971,8 @@ def paired_bootstrap(metric, y, a, b, n_resamples=1000, level=.95, seed=0, class
     Raises
     ------
     ProbeError
-        If the methods differ in their number of seeds or clips, or as for `bootstrap_interval`.
+        If the methods differ in their number of seeds or clips, the metric is infinite for some clips, or as
+        for `bootstrap_interval`.
 
     References
     ----------
@@ -966,7 +992,7 @@ def paired_bootstrap(metric, y, a, b, n_resamples=1000, level=.95, seed=0, class
         for scores_a, scores_b in zip(a, b):
             value_a = metric(y, scores_a, weights)
             value_b = metric(y, scores_b, weights)
-            by_seed.append(value_a - value_b)
+            by_seed.append(_subtract(metric, value_a, value_b))
         return np.stack(by_seed)
 
     by_seed = difference()

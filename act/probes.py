@@ -862,6 +862,16 @@ def dual_probe(train, valid, test, classes=None, Cs=PENALTIES, k=20, temperature
     of_knn = _score_test(knn, *test, chosen, sweep, n_resamples)
     return DualProbe(of_linear, of_knn, sizes, classes, n_resamples)
 
+# %% ../nbs/api/12_probes.ipynb #prb60001
+def _pairs(z, task):
+    """Embeddings and labels of the three sides of a task, from the embedding (N, D) of all clips."""
+    pairs = []
+    targets = task.targets
+    for side in ("train", "valid", "test"):
+        rows = task.indices(side)
+        pairs.append((z[rows], targets[rows].numpy()))
+    return pairs
+
 # %% ../nbs/api/12_probes.ipynb #prb00032
 def probe_embedding(z, task, Cs=PENALTIES, k=20, temperature=.07, n_resamples=1000, device=None):
     """Read the embedding of a task with both probes.
@@ -887,12 +897,7 @@ def probe_embedding(z, task, Cs=PENALTIES, k=20, temperature=.07, n_resamples=10
     if len(z) != len(task):
         raise ProbeError(f"{len(z)} embeddings, but the task {task.name} has {len(task)} clips")
     task.require("train", "valid", "test")
-    parts = []
-    targets = task.targets
-    for side in ("train", "valid", "test"):
-        rows = task.indices(side)
-        parts.append((z[rows], targets[rows].numpy()))
-    return dual_probe(*parts, task.classes, Cs, k, temperature, n_resamples, device)
+    return dual_probe(*_pairs(z, task), task.classes, Cs, k, temperature, n_resamples, device)
 
 # %% ../nbs/api/12_probes.ipynb #prb00033
 def probe(backbone, task, batch=64, max_seconds=None, progress=True, Cs=PENALTIES, k=20, temperature=.07,
@@ -934,4 +939,4 @@ def probe(backbone, task, batch=64, max_seconds=None, progress=True, Cs=PENALTIE
     if isinstance(backbone, (str, PathLike)):
         backbone = load_backbone(backbone)
     z = embed(backbone, task, batch, progress=progress, max_seconds=max_seconds)
-    return probe_embedding(z, task, Cs, k, temperature, n_resamples, probe_device())
+    return dual_probe(*_pairs(z, task), task.classes, Cs, k, temperature, n_resamples, probe_device())

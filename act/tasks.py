@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['SPLITS', 'LABEL_FORMS', 'MAX_LISTED', 'MAX_NAMED', 'FFT_SIZE', 'FACTS', 'FSDD_SPLIT', 'ESC10_MIXTURES', 'MAX_MIXED',
            'MIXTURE_GAINS', 'MSWC_WORDS', 'DRUMS', 'DRUMS_WINDOW', 'DRUMS_HOP', 'DRUMS_SPLIT', 'FEW_GROUPS', 'SHARES',
-           'SYSTEM_FILES', 'AUDIO_SUFFIXES', 'SPELLINGS', 'BYTE_ORDER_MARKS', 'SEPARATORS', 'SAVE_AS_UTF8',
-           'MAX_COMPARED', 'OWN_DATA', 'TaskError', 'Task', 'register_task', 'load_task', 'list_tasks', 'task_folds',
-           'split_groups', 'files_below', 'folder_task', 'csv_task', 'source_state']
+           'VALID_SHARES', 'SYSTEM_FILES', 'AUDIO_SUFFIXES', 'SPELLINGS', 'BYTE_ORDER_MARKS', 'SEPARATORS',
+           'SAVE_AS_UTF8', 'MAX_COMPARED', 'OWN_DATA', 'TaskError', 'Task', 'register_task', 'load_task', 'list_tasks',
+           'task_folds', 'split_groups', 'draw_folds', 'files_below', 'folder_task', 'csv_task', 'source_state']
 
 # %% ../nbs/api/03_tasks.ipynb #tas00003
-import codecs, csv, difflib, functools, hashlib, io, json, os, re, unicodedata, warnings
+import codecs, contextlib, csv, difflib, functools, hashlib, io, json, logging, os, re, unicodedata, warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -394,7 +394,10 @@ def digest(self: Task):
 @patch
 def waveforms(self: Task, sample_rate):
     """The `WaveCache` of all clips at `sample_rate` Hz, in the order of the clips."""
-    return WaveCache.open(self.clips, sample_rate, self.content)
+    contents = _clip_identities(self)
+    whole = re.sub(r"(/\d+(#\d+)?)?(:\d+)?$", "", self.name)        # parts share the store of their task
+    store = self.entry or whole
+    return WaveCache.open(self.clips, sample_rate, contents, store=store)
 
 # %% ../nbs/api/03_tasks.ipynb #tas00014
 def _multi_hot(task):
@@ -1586,6 +1589,62 @@ def _too_few_groups(n, shares):
     groups = _counted(n, "group")
     return f"{groups} cannot fill {len(shares)} sides ({sides}); record more, or leave groups out"
 
+# %% ../nbs/api/03_tasks.ipynb #tas60002
+VALID_SHARES = dict(train=.85, valid=.15)       # of the clips that are not tested, in two folds
+
+
+def _checked_folds(task, folds):
+    """The number of folds as an int; refuse fewer than two, and more than groups."""
+    if not float(folds).is_integer() or folds < 2:
+        raise TaskError(f"folds={folds}: give a whole number from 2 up, or none for the task's split")
+    groups = len(task) if task.groups is None else len(set(task.groups))
+    if folds > groups:
+        parts = "clips" if task.groups is None else "groups of clips"
+        raise TaskError(f"folds={folds}: {task.name} has {groups} {parts}; give at most so many folds")
+    return int(folds)
+
+# %% ../nbs/api/03_tasks.ipynb #tas60003
+def _fold(task, part, i, folds, seed):
+    """The task with part `i` of the clips as its test side; `part` (N,) is the part of each clip."""
+    split = np.full(len(task), "train")
+    split[part == str(i)] = "test"
+    if folds > 2:
+        split[part == str((i + 1) % folds)] = "valid"
+    else:
+        rest = np.flatnonzero(split == "train")
+        groups = None if task.groups is None else task.groups[rest]
+        split[rest] = split_groups(task.labels[rest], groups, VALID_SHARES, seed)
+    return replace(task, split=split)
+
+# %% ../nbs/api/03_tasks.ipynb #tas60004
+def draw_folds(task, folds=5, seed=0):
+    """Several splits of a task, in which every clip is tested once.
+
+    Parameters
+    ----------
+    task : Task
+        Its own split is not used. Groups stay together.
+    folds : int
+        How many, K: at least 2, at most the number of groups, or of clips without groups.
+    seed : int
+        Of the order in which groups are placed.
+
+    Returns
+    -------
+    list of Task
+        The clips are divided into K parts, stratified by label; each is the test side of one fold and the
+        validation side of another. With two folds, 15 % of the clips that are not tested are for validation.
+
+    Raises
+    ------
+    TaskError
+        If the number of folds is out of range, or too few groups are left for validation.
+    """
+    folds = _checked_folds(task, folds)
+    shares = {str(i): 1 / folds for i in range(folds)}
+    part = split_groups(task.labels, task.groups, shares, seed)
+    return [_fold(task, part, i, folds, seed) for i in range(folds)]
+
 # %% ../nbs/api/03_tasks.ipynb #tas00154
 @dataclass
 class _Listing:
@@ -2426,7 +2485,7 @@ def _is_missing(label):
 # %% ../nbs/api/03_tasks.ipynb #tas50004
 def _is_row(label):
     """Whether a label is a list of labels."""
-    return isinstance(label, (list, tuple, set))
+    return isinstance(label, (list, tuple, set, frozenset))
 
 
 def _is_single_id(label):
@@ -2557,6 +2616,24 @@ def _sides_in(values):
     """The sides that a list of names means; "" for missing ones."""
     return ["" if _is_missing(value) else _side(str(value)) for value in values]
 
+# %% ../nbs/api/03_tasks.ipynb #tas60011
+def _annotations(n, labels, classes, groups, split):
+    """Labels, classes, groups and sides of `n` clips in any of their forms, as fields of a `_Listing`."""
+    labels = _plain_list(labels)
+    groups = None if groups is None else _plain_list(groups)
+    split = None if split is None else _plain_list(split)
+    _check_counts(n, labels=labels, groups=groups, split=split)
+    labels, classes = _names_of_labels(labels, classes)
+    _check_known(labels, classes)
+    return dict(
+        labels=labels,
+        classes=classes,
+        groups=groups,
+        split=None if split is None else _sides_in(split),
+        notes=_notes_on_unlabelled(labels),
+        may_lack_labels=True,
+    )
+
 # %% ../nbs/api/03_tasks.ipynb #tas50012
 def _array_listing(name, waveforms, labels, sample_rate, classes, groups, split):
     """The listing of waveforms in memory."""
@@ -2566,12 +2643,7 @@ def _array_listing(name, waveforms, labels, sample_rate, classes, groups, split)
     except TypeError:
         remedy = "give a list of arrays (T_i,), or an array (N, T)"
         raise TaskError(f"waveforms={waveforms!r}: {remedy}") from None
-    labels = _plain_list(labels)
-    groups = None if groups is None else _plain_list(groups)
-    split = None if split is None else _plain_list(split)
-    _check_counts(len(waveforms), labels=labels, groups=groups, split=split)
-    labels, classes = _names_of_labels(labels, classes)
-    _check_known(labels, classes)
+    annotations = _annotations(len(waveforms), labels, classes, groups, split)
     reads = []
     for i, x in enumerate(waveforms):
         reads.append((f"row {i}", functools.partial(ArrayClip, x, sample_rate, f"row {i}")))
@@ -2580,15 +2652,10 @@ def _array_listing(name, waveforms, labels, sample_rate, classes, groups, split)
         name=name,
         names=[row for row, _ in reads],
         paths=[],
-        labels=labels,
-        split=None if split is None else _sides_in(split),
-        groups=groups,
         problems=problems,
-        notes=_notes_on_unlabelled(labels),
         clips=clips,
         sample_rate=sample_rate,
-        classes=classes,
-        may_lack_labels=True,
+        **annotations,
     )
 
 # %% ../nbs/api/03_tasks.ipynb #tas00214
@@ -2651,6 +2718,82 @@ def from_arrays(
         listing = _array_listing(name, waveforms, labels, sample_rate, classes, groups, split)
     except TaskError as error:
         raise TaskError(f"{name}: {error}") from None
+    return _task_of(listing, sides, licence)
+
+# %% ../nbs/api/03_tasks.ipynb #tas60013
+def _names_below(paths):
+    """The folder that all files are in, and the name of each file relative to it, with slashes."""
+    absolute = [path.absolute() for path in paths]
+    folder = Path(os.path.commonpath([path.parent for path in absolute]))
+    return folder, [path.relative_to(folder).as_posix() for path in absolute]
+
+
+def _file_listing(name, paths, labels, classes, groups, split):
+    """The listing of files whose labels are given; by default it has the name of their folder."""
+    paths = [full_path(path) for path in paths]
+    if not paths:
+        raise TaskError("paths: the list is empty; give the files of the recordings")
+    folder, names = _names_below(paths)
+    annotations = _annotations(len(paths), labels, classes, groups, split)
+    return _Listing(name=name or folder.name or "recordings", names=names, paths=paths, **annotations)
+
+# %% ../nbs/api/03_tasks.ipynb #tas60014
+@patch(cls_method=True)
+def from_files(
+    cls: Task,
+    paths,
+    labels,
+    name=None,
+    classes=None,
+    groups=None,
+    split=None,
+    licence=None,
+    sides=SPLITS,
+):
+    """A task from files of recordings and their labels.
+
+    Parameters
+    ----------
+    paths : list of path-like
+        One file for each clip, no file twice; ``~`` is the home folder.
+    labels : list or array
+        For each file a name or a class id; or, for a multi-label task, a list of names or a multi-hot row.
+    name : str, optional
+        Of the task; by default that of the folder which all files are in.
+    classes : sequence of str, optional
+        All classes, in the order of class ids and of multi-hot columns. By default those that occur, sorted;
+        ids and columns are then named by their number.
+    groups : list, optional
+        What must stay together, such as the speaker of each clip; a clip without one (None) is a group of its
+        own.
+    split : list of str, optional
+        The side of each clip (train, valid, test in any usual spelling).
+    licence : str, optional
+        The licence of the recordings, kept with the task.
+    sides : sequence of str
+        The sides that must have clips.
+
+    Returns
+    -------
+    Task
+        Split by `split_groups` unless a split is given. Clips are named by their paths, relative to the
+        folder which all files are in.
+
+    Raises
+    ------
+    TaskError
+        If there are no files, lengths differ or labels fit no form; or naming the problems, all at once:
+        unreadable files, files listed twice or without a label, classes too small to split.
+
+    Warns
+    -----
+    ActWarning
+        Of clips without a label in a multi-label task, and of classes that are missing on a side.
+    """
+    try:
+        listing = _file_listing(name, paths, labels, classes, groups, split)
+    except TaskError as error:
+        raise TaskError(f"{name or 'files'}: {error}") from None
     return _task_of(listing, sides, licence)
 
 # %% ../nbs/api/03_tasks.ipynb #tas00221
@@ -3071,6 +3214,18 @@ def _read_folder(datasets, folder):
     return datasets.load_dataset(str(folder))
 
 
+@contextlib.contextmanager
+def _without_retries():
+    """Inside the block, the client of the Hub does not log its attempts; errors are raised."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _one_line(error):
     """The message of an error of another library."""
     return " ".join(str(error).split()) or type(error).__name__
@@ -3083,7 +3238,8 @@ def _hub(text):
     datasets = import_extra("datasets", "hf", f"hub:{text}", TaskError)
     try:
         if wanted.folder is None:
-            ds = datasets.load_dataset(**wanted.remote)
+            with _without_retries():
+                ds = datasets.load_dataset(**wanted.remote)
         else:
             ds = _read_folder(datasets, wanted.folder)
     except Exception as error:      # of datasets, huggingface_hub, pyarrow, httpx

@@ -1,10 +1,15 @@
-"""How fast a task is decoded into the waveform cache, and read back, against a plain loop over its files.
+"""How fast a task is decoded into the waveform cache, and read back, against a plain loop over its files; and how
+fast batches are assembled from the cache, against PyTorch's DataLoader.
 
     python benchmarks/data.py [--task asc40-mini] [--rates 8000 22050 44100] [--clips N] [--workers N] [--repeats 3] [--json FILE]
 
 The first rate names the records; the others have it after an @. The peer is what one would write without this library:
 `soundfile.read`, then `torchaudio.functional.resample`, clip by clip. The repeats of ours and the peer take turns and the
 best of each counts, so that other work on the machine touches both alike.
+
+The records `batch/256x1s` and `batch/64x10s` are batches of that many clips of noise, from 16-bit WAV files at the rate
+of the encoder, read before. Ours come from the cache in one thread; the peer is a DataLoader with one process per core
+that reads the files and pads them. Both draw the same clips.
 """
 import argparse
 import json
@@ -12,17 +17,21 @@ import os
 import shutil
 import tempfile
 import time
+from pathlib import Path
 
+import numpy as np
 import soundfile as sf
 import torch
 import torchaudio
 
-from act.audio import WaveCache
+from act.audio import Clip, WaveCache, collate
 from act.tasks import load_task
 
 PEER = "soundfile + torchaudio.functional.resample, one clip after the other"
 RATES = 8000, 22050, 44100      # Hz; other than that of the recordings, so that there is something to resample
-DIGEST = "0" * 64               # of the clips; each cache has a folder of its own
+BATCHES = (256, 1), (64, 10)    # clips, seconds of each
+BATCH_RATE = 16000              # Hz
+LOADER = "torch DataLoader over the WAV files, {} processes"
 
 
 def timed(work):
@@ -44,7 +53,8 @@ def build(clips, sample_rate, workers, folder):
     """Decode, resample and write the cache from nothing."""
     shutil.rmtree(folder, ignore_errors=True)
     os.environ["ACT_CACHE"] = folder
-    return WaveCache.open(clips, sample_rate, DIGEST, workers=workers, progress=False)
+    contents = list(range(len(clips)))                        # each cache has a folder of its own
+    return WaveCache.open(clips, sample_rate, contents, workers=workers, progress=False)
 
 
 def read_back(cache):
@@ -69,21 +79,76 @@ def measure(task, sample_rate, n, workers, repeats):
         seconds, _ = timed(lambda: read_back(cache))
         reading.append(seconds)
     shutil.rmtree(folder)
-    if original is None:
-        os.environ.pop("ACT_CACHE")
-    else:
-        os.environ["ACT_CACHE"] = original
+    restore_cache(original)
     return len(clips), min(ours), min(peer), min(reading)
 
 
-def record(name, clips, sample_rate, ours, peer):
+class Files(torch.utils.data.Dataset):
+    """What one would write to feed a DataLoader."""
+    def __init__(self, paths):
+        self.paths = paths
+
+    def __len__(self): return len(self.paths)
+
+    def __getitem__(self, i):
+        x, _ = sf.read(self.paths[i], dtype="float32")
+        return torch.from_numpy(x)
+
+
+def noise_files(folder, n, seconds):
+    """Clips of noise in 16-bit files."""
+    rng = np.random.default_rng(0)
+    clips = []
+    for i in range(n):
+        path = Path(folder) / f"{i:05}.wav"
+        sf.write(path, rng.uniform(-.5, .5, BATCH_RATE * seconds), BATCH_RATE)
+        clips.append(Clip(path))
+    return clips
+
+
+def seconds_per_batch(batches, count):
+    """Seconds that an iterator takes for a batch, once it runs."""
+    next(batches)
+    began = time.perf_counter()
+    for _ in range(count - 1):
+        next(batches)
+    return (time.perf_counter() - began) / (count - 1)
+
+
+def measure_batches(n, seconds, count, repeats):
+    """Seconds to assemble a batch: from the cache, and by the peer."""
+    ours, peer = [], []
+    original = os.environ.get("ACT_CACHE")
+    with tempfile.TemporaryDirectory() as folder:
+        clips = noise_files(folder, 4 * n, seconds)
+        cache = build(clips, BATCH_RATE, None, str(Path(folder) / "cache"))
+        order = np.random.default_rng(1).integers(len(clips), size=(count, n))
+        files = Files([clip.path for clip in clips])
+        for _ in range(repeats):
+            ours.append(seconds_per_batch(map(cache.batch, order), count))
+            loader = torch.utils.data.DataLoader(
+                files, batch_sampler=order.tolist(), collate_fn=collate, num_workers=os.cpu_count())
+            peer.append(seconds_per_batch(iter(loader), count))
+    restore_cache(original)
+    return min(ours), min(peer)
+
+
+def restore_cache(folder):
+    """Set ACT_CACHE as it was."""
+    if folder is None:
+        os.environ.pop("ACT_CACHE", None)
+    else:
+        os.environ["ACT_CACHE"] = folder
+
+
+def record(name, clips, sample_rate, ours, peer, peer_name=PEER):
     """One measurement, from the seconds of ours and of the peer."""
     return dict(
         name=name,
         device=f"cpu, {os.cpu_count()} cores",
         ours=clips / ours,
         peer=clips / peer,
-        peer_name=PEER,
+        peer_name=peer_name,
         ratio=peer / ours,
         unit="clips/s",
         higher_is_better=True,
@@ -95,10 +160,11 @@ def record(name, clips, sample_rate, ours, peer):
 def options():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--task", default="asc40-mini")
-    p.add_argument("--rates", type=int, nargs="+", default=RATES, help="Hz")
+    p.add_argument("--rates", type=int, nargs="*", default=RATES, help="Hz")
     p.add_argument("--clips", type=int)
     p.add_argument("--workers", type=int, help="threads of ours; chosen by the library if not given")
     p.add_argument("--repeats", type=int, default=3)
+    p.add_argument("--batches", type=int, default=20, help="batches to assemble; 0 for none")
     p.add_argument("--json")
     return p.parse_args()
 
@@ -116,6 +182,14 @@ def main():
             r = record(f"{part}/{o.task}{suffix}", clips, sample_rate, seconds, peer)
             records.append(r)
             print(f"{r['name']:28}{r['ours']:>10.0f}/s{r['peer']:>10.0f}/s{r['ratio']:>9.1f}")
+    for n, seconds in BATCHES if o.batches else ():
+        ours, peer = measure_batches(n, seconds, o.batches, o.repeats)
+        peer_name = LOADER.format(os.cpu_count())
+        r = record(f"batch/{n}x{seconds}s", n, BATCH_RATE, ours, peer, peer_name)
+        r["batch_seconds"] = ours
+        records.append(r)
+        rates = f"{r['ours']:>10.0f}/s{r['peer']:>10.0f}/s{r['ratio']:>9.1f}"
+        print(f"{r['name']:28}{rates}   {1e3 * ours:.1f} ms a batch")
     if o.json:
         with open(o.json, "w") as f: json.dump(records, f, indent=1)
 

@@ -1,7 +1,7 @@
 """Speed of the probes against scikit-learn and torch.optim.LBFGS, in one run. Ratios are ours / peer.
 
-One penalty, the path of eight penalties for one class per clip and for several labels per clip, and k-NN
-predictions. On the path, every peer starts each fit from the last one, from the strongest penalty to the
+One penalty, the path of eight penalties for one class per clip and for several labels per clip, k-NN
+predictions, and on a GPU every measure of geometry against the same on the CPU. On the path, every peer starts each fit from the last one, from the strongest penalty to the
 weakest, and is given the loosest of its tolerances at which every objective is within a thousandth of the
 minimum. On a CPU the seconds are CPU time, which other programs disturb less.
 """
@@ -20,6 +20,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from tqdm import tqdm
 
+from act.geometry import geometry
 from act.probes import PENALTIES, KNNProbe
 from act.solver import linear_path
 
@@ -224,25 +225,48 @@ def knn_record(o, bar):
                   "scikit-learn KNeighborsClassifier(cosine, brute), cpu", agreement=agreement)
 
 
+def geometry_record(o, bar):
+    """Every measure of geometry on the device; on a GPU against the CPU with all of its threads."""
+    X, y = embeddings(o.clips, o.dim, o.classes, seed=1)
+    device_X, device_y = X.to(o.device), y.to(o.device)
+    geometry(device_X[:1000], device_y[:1000])        # the first call on a GPU is slower
+    ours, found = best_seconds({"ours": lambda: geometry(device_X, device_y)}, o.device, o.repeats)
+    bar.update()
+    name = f"geometry/{o.clips}x{o.dim}x{o.classes}"
+    if o.device == "cpu":
+        return record(name, o.device, ours["ours"], ours["ours"], "the same on the cpu", difference=0.)
+    start = time.perf_counter()
+    expected = geometry(X, y)
+    theirs = time.perf_counter() - start
+    difference = float((found["ours"] - expected).abs().max())
+    return record(name, o.device, ours["ours"], theirs, f"the same on the cpu, {torch.get_num_threads()} threads",
+                  difference=difference)
+
+
 def options():
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
-    sizes = dict(train=20000, queries=5000, dim=768, classes=50, labels=40, repeats=2)
+    sizes = dict(train=20000, queries=5000, clips=50000, dim=768, classes=50, labels=40, repeats=2)
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value, help=f"(default: {value})")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--only", choices=("linear", "path", "knn"))
+    parser.add_argument("--only", choices=("linear", "path", "knn", "geometry"))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the records here")
     return parser.parse_args()
 
 
 def main():
     o = options()
+    if o.device.startswith("cuda") and not torch.cuda.is_available():
+        sys.exit("no CUDA device here: leave out --device")
     warnings.simplefilter("ignore", ConvergenceWarning)
     parts = {"linear": [(2, single_record)],
              "path": [(3, lambda o, bar: path_records(o, bar, multilabel=False)),
                       (3, lambda o, bar: path_records(o, bar, multilabel=True))],
-             "knn": [(2, knn_record)]}
+             "knn": [(2, knn_record)],
+             "geometry": [(1, geometry_record)]}
+    if o.device == "cpu" and o.only is None:
+        del parts["geometry"]                         # it has nothing to be compared with
     chosen = [part for name, part_list in parts.items() if o.only in (None, name) for part in part_list]
     records = []
     with tqdm(total=sum(steps for steps, _ in chosen), file=sys.stdout, ncols=80, desc="timings") as bar:

@@ -11,11 +11,12 @@ import nbformat
 from nbformat.v4 import new_markdown_cell
 
 from act.report import alternative_text
+from gpu_page import gpu_page
 
 REPO = Path(__file__).parents[1]
 NBS, RESULTS = REPO / "nbs", REPO / "results"
-GUIDES = "first_steps your_own_audio classify_your_own does_it_help multi_label probe_embeddings add_a_backbone scale_out read_the_geometry".split()
-SHOWN_PROFILES = "small", "gpu"                                                     # whose results are committed
+GUIDES = "first_steps your_own_audio classify_your_own does_it_help multi_label probe_embeddings add_a_backbone scale_out full_costs read_the_geometry".split()
+SHOWN_PROFILES = "small",                                                           # whose results are committed
 DIRECTIVE = re.compile(r"^\s*#\s*\|\s*([\w-]+):?[ \t]*(.*)\n?", re.M)
 TABLE = re.compile(r"<!-- table: (\S+) -->")
 FENCE = re.compile(r"(^```.*?^```[ \t]*$)", re.M | re.S)
@@ -250,4 +251,6 @@ def write_pages(pages):
     write_reference(pages / "reference", names)
     cited = (REPO / "references.bib").exists()
     if cited: write_bibliography(pages)
-    write_page(NBS / "index.ipynb", pages / "index.ipynb", "nbs", names, after=contents(["bibliography"] if cited else []))
+    (pages / "gpu.md").write_text(gpu_page(), encoding="utf-8")
+    more = ["gpu", "bibliography"] if cited else ["gpu"]
+    write_page(NBS / "index.ipynb", pages / "index.ipynb", "nbs", names, after=contents(more))

@@ -59,3 +59,10 @@ LONGEST = ("test_notebooks", "test_docs", "test_reproduce")      # files that be
 def pytest_collection_modifyitems(items):
     """The longest files first; each stays in one process (`--dist loadfile`), as its tests share fixtures."""
     items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
+def pytest_runtest_setup(item):
+    """Tests marked cuda are skipped where there is no CUDA device, in one line of the summary."""
+    if item.get_closest_marker("cuda") is None: return
+    import torch
+    if not torch.cuda.is_available(): pytest.skip("no CUDA device")

@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 
+import filelock
 import numpy as np
 import pytest
 import soundfile as sf
@@ -18,9 +19,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from act.audio import FFMPEG_SUFFIXES, AudioError, Clip, Mixture, WaveCache
+import act.audio
+from act.audio import FFMPEG_SUFFIXES, AudioError, Clip, Mixture, WaveCache, quantised
 from act.audio import audio_info, check_audio, collate, decodable, read_audio, resample
-from act.core import file_digest, identity
+from act.core import file_digest
 
 
 def tone(sample_rate=16000, seconds=.5, channels=1, hz=440.):
@@ -498,7 +500,7 @@ def test_a_cache_of_foreign_formats(tmp_path, monkeypatch):
         for i in range(6)
     ]
     cache = opened(clips, workers=3)
-    assert all(torch.equal(cache[i], c.load(8000)) for i, c in enumerate(clips))
+    assert_holds(cache, clips)
 
 
 def test_broken_files_of_ffmpeg(tmp_path):
@@ -660,57 +662,167 @@ def clips(tmp_path, monkeypatch):
 
 
 def opened(clips, **kw):
-    content = identity(files=[file_digest(c.path) for c in clips]).digest
-    return WaveCache.open(clips, 8000, content, progress=False, **kw)
+    contents = [file_digest(clip.path) for clip in clips]
+    return WaveCache.open(clips, 8000, contents, progress=False, **kw)
+
+
+def assert_holds(cache, clips):
+    """What loading gives, up to half a step of the 32767 below the peak."""
+    assert cache.lengths.tolist() == [len(clip.load(8000)) for clip in clips]
+    for i, clip in enumerate(clips):
+        x = clip.load(8000)
+        assert (cache[i] - x).abs().max() <= 1.01 * x.abs().max() / 32767 / 2
+
+
+def stored(folder):
+    """What lies in the stores, besides their locks."""
+    return sorted(path for path in (folder/"waves").glob("*/*"))
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_cache_holds_what_loading_gives(clips, workers):
     cache = opened(clips, workers=workers)
-    assert len(cache) == 40 and cache.lengths.tolist() == [len(c.load(8000)) for c in clips]
-    assert all(torch.equal(cache[i], c.load(8000)) for i, c in enumerate(clips))
+    assert len(cache) == 40
+    assert_holds(cache, clips)
     x, lengths = cache.batch([3, 1])
-    assert torch.equal(x[1, :lengths[1]], clips[1].load(8000)) and not x[1, lengths[1]:].any()
+    assert torch.equal(x[1, :lengths[1]], cache[1]) and not x[1, lengths[1]:].any()
+    assert x.dtype == torch.float32 and lengths.dtype == torch.int64
 
 
-def test_cache_is_the_same_bytes_whatever_the_workers(clips):
-    one = opened(clips, workers=1).path.read_bytes()
-    for f in (opened(clips).path.parent).iterdir(): f.unlink()
-    assert opened(clips, workers=4).path.read_bytes() == one
+def test_cache_is_the_same_bytes_whatever_the_workers(clips, tmp_path):
+    one, = opened(clips, workers=1).paths
+    before = one.read_bytes()
+    for path in stored(tmp_path/"cache"): path.unlink()
+    again, = opened(clips, workers=4).paths
+    assert again.read_bytes() == before
 
 
 def test_cache_travels_to_workers_without_its_data(clips):
     cache = opened(clips)
-    assert len(pickle.dumps(cache)) < 500 and torch.equal(pickle.loads(pickle.dumps(cache))[7], cache[7])
+    assert len(pickle.dumps(cache)) < 5000 and torch.equal(pickle.loads(pickle.dumps(cache))[7], cache[7])
 
 
 def test_cache_entries_are_copies(clips):
     cache = opened(clips)
+    before = cache[0].clone()
     cache[0].zero_()
-    assert torch.equal(cache[0], clips[0].load(8000))
+    assert torch.equal(cache[0], before)
 
 
-def mtime(cache): return cache.path.stat().st_mtime_ns
+def test_stretches_are_parts_of_the_clip(clips):
+    cache = opened(clips)
+    x, n = cache.batch([4, 4, 7], [0, 500, len(cache[7]) - 3], [100, 10**6, 10], width=9000)
+    expected = cache[4][:100], cache[4][500:], cache[7][-3:]
+    assert x.shape == (3, 9000) and n.tolist() == [len(part) for part in expected]
+    for row, part in zip(x, expected):
+        assert torch.equal(row[:len(part)], part) and not row[len(part):].any()
+
+
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_U8"])
+def test_nothing_is_lost_of_16_bit_files_at_their_rate(subtype, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACT_CACHE", str(tmp_path/"cache"))
+    integers = np.random.default_rng(0).integers(-32768, 32768, 5000).astype(np.int16)
+    integers[:2] = 32767, -32768
+    sf.write(tmp_path/"x.wav", integers, 8000, subtype=subtype)
+    clip = Clip(tmp_path/"x.wav")
+    assert torch.equal(opened([clip])[0], clip.load(8000))
+
+
+@pytest.mark.parametrize("x", [
+    [0.], [1.], [-1.], [1e-3], [3e4], [0., 0., 0.], [1e-45], [1e-41, -1e-40], [-1., 1.], [.1, -.25, 1 / 3],
+    [3e38, -1.], []])
+def test_samples_of_any_size_are_stored(x):
+    x = np.array(x, np.float32)
+    samples, factor = quantised(x)
+    error = np.abs(samples * np.float64(np.float32(factor)) - x).max(initial=0)
+    peak = np.abs(x).max(initial=0)
+    assert samples.dtype == np.int16 and error <= max(1.01 * peak / 32767 / 2, 1e-38)
+
+
+def test_the_error_is_far_below_the_peak():
+    x = np.random.default_rng(0).normal(size=100_000).astype(np.float32) * 3e-4
+    samples, factor = quantised(x)
+    error = np.abs(samples * np.float32(factor) - x).max() / np.abs(x).max()
+    assert 20 * np.log10(error) < -96
+
+
+# One store for a data set
+
+def counted(monkeypatch):
+    """The clips that are loaded from now on, in a list."""
+    loaded, load = [], act.audio._decoded
+
+    def note(clips, sample_rate):
+        loaded.extend(clips)
+        return load(clips, sample_rate)
+
+    monkeypatch.setattr("act.audio._decoded", note)
+    return loaded
+
+
+def test_parts_decode_only_what_is_absent(clips, tmp_path, monkeypatch):
+    loaded = counted(monkeypatch)
+    first = opened(clips[10:20])
+    assert loaded == clips[10:20]
+    whole = opened(clips)
+    assert loaded == clips[10:20] + clips[:10] + clips[20:]
+    part = opened([clips[i] for i in (33, 12, 12, 0)])
+    assert len(loaded) == 40 and len(stored(tmp_path/"cache")) == 4          # two files, two indices
+    assert_holds(whole, clips)
+    for cache, rows in ((part, (33, 12, 12, 0)), (first, range(10, 20))):
+        for i, row in enumerate(rows): assert torch.equal(cache[i], whole[row])
+    x, lengths = part.batch([0, 1, 2, 3])                                     # from both files
+    assert torch.equal(x[1], x[2]) and lengths.tolist() == part.lengths.tolist()
+    assert_holds(pickle.loads(pickle.dumps(whole)), clips)
+
+
+def test_equal_clips_are_decoded_once(clips, monkeypatch):
+    loaded = counted(monkeypatch)
+    assert_holds(opened([clips[3]] * 5), [clips[3]] * 5)
+    assert loaded == [clips[3]]
+
+
+def test_stores_and_rates_are_separate(clips, tmp_path):
+    a, b = (opened(clips[:3], store=store) for store in ("a", "b"))
+    other = WaveCache.open(clips[:3], 4000, [file_digest(clip.path) for clip in clips[:3]], progress=False, store="a")
+    assert len({cache.paths[0].parent for cache in (a, b, other)}) == 3
+    assert torch.equal(a[2], b[2]) and len(other[2]) == -(-len(a[2]) // 2)
+
+
+def test_many_samples_make_several_files(clips, tmp_path, monkeypatch):
+    monkeypatch.setattr("act.audio.FILE_BYTES", 30_000)
+    cache = opened(clips)
+    assert len(cache.paths) > 5 and all(path.stat().st_size < 60_000 for path in cache.paths)
+    assert_holds(cache, clips)
+    cache.paths[2].unlink()
+    loaded = counted(monkeypatch)
+    assert_holds(opened(clips), clips)
+    assert 0 < len(loaded) < 10
 
 
 @pytest.mark.parametrize("harm", [
-    lambda c: c.path.write_bytes(b""),
-    lambda c: c.path.unlink(),
-    lambda c: c.path.with_suffix(".json").write_text("{"),
-    lambda c: c.path.with_suffix(".json").unlink(),
-    lambda c: os.truncate(c.path, c.path.stat().st_size - 4),
-    lambda c: c.path.write_bytes(bytes([c.path.read_bytes()[0] ^ 1]) + c.path.read_bytes()[1:]),
+    lambda path: path.write_bytes(b""),
+    lambda path: path.unlink(),
+    lambda path: path.with_suffix(".npz").write_text("{"),
+    lambda path: path.with_suffix(".npz").write_bytes(path.with_suffix(".npz").read_bytes()[:-40]),
+    lambda path: path.with_suffix(".npz").write_bytes(b""),
+    lambda path: path.with_suffix(".npz").unlink(),
+    lambda path: os.truncate(path, path.stat().st_size - 2),
+    lambda path: path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:]),
 ])
-def test_damaged_cache_is_rebuilt(clips, harm):
-    cache = opened(clips)
-    harm(cache)
-    assert all(torch.equal(opened(clips)[i], c.load(8000)) for i, c in enumerate(clips))
+def test_damaged_cache_is_rebuilt(clips, harm, tmp_path):
+    path, = opened(clips).paths
+    harm(path)
+    assert_holds(opened(clips), clips)
+    assert len(stored(tmp_path/"cache")) == 2
 
 
-def test_touched_but_intact_cache_is_kept(clips):
-    cache = opened(clips)
-    os.utime(cache.path, ns=(0, 12345))
-    assert mtime(opened(clips)) == 12345
+def test_touched_but_intact_cache_is_kept(clips, monkeypatch):
+    path, = opened(clips).paths
+    os.utime(path, ns=(0, 12345))
+    loaded = counted(monkeypatch)
+    again, = opened(clips).paths
+    assert again.stat().st_mtime_ns == 12345 and not loaded
 
 
 def test_changed_source_is_decoded_again(clips):
@@ -722,7 +834,19 @@ def test_changed_source_is_decoded_again(clips):
 def test_broken_clip_leaves_no_cache(clips, tmp_path):
     clips[20].path.write_bytes(b"no audio")
     with pytest.raises(AudioError, match="20.wav"): opened(clips, workers=3)
-    assert [p for p in (tmp_path/"cache"/"waves").iterdir() if p.suffix != ".lock"] == []
+    assert stored(tmp_path/"cache") == []
+
+
+def test_a_cache_is_read_while_another_process_adds_to_it(clips, tmp_path):
+    """Readers take no lock, and a file that is being written does not disturb them."""
+    cache = opened(clips[:5])
+    folder = cache.paths[0].parent
+    (folder/"0123.i16.99.tmp").write_bytes(b"half a file")
+    (folder/"4567.i16").write_bytes(b"its index is not written yet")
+    with filelock.FileLock(f"{folder}.lock"):
+        assert_holds(opened(clips[:5]), clips[:5])
+    assert_holds(opened(clips), clips)
+    assert len(stored(tmp_path/"cache")) == 4          # what the other process left is gone
 
 
 SLOW = textwrap.dedent("""
@@ -736,7 +860,9 @@ SLOW = textwrap.dedent("""
             return super().load(sample_rate)
 
     clips = [Slow(p) for p in sorted(Path(sys.argv[1]).glob("*.wav"))]
-    WaveCache.open(clips, 8000, "a" * 64, workers=1, progress=False)
+    cache = WaveCache.open(clips, 8000, [clip.key for clip in clips], workers=1, progress=False)
+    loaded = [clip.load(8000) for clip in clips]
+    assert all((a - b).abs().max() < 1e-4 for a, b in zip(cache, loaded))
 """)
 
 
@@ -745,14 +871,13 @@ def test_killed_while_building(clips, tmp_path):
     child = subprocess.Popen(command)
     waves = tmp_path/"cache"/"waves"
     deadline = time.time() + 60
-    while not list(waves.glob("*.tmp")) and time.time() < deadline: time.sleep(.01)
+    while not list(waves.glob("*/*.tmp")) and time.time() < deadline: time.sleep(.01)
     time.sleep(.3)
     child.kill()
     child.wait()
-    assert list(waves.glob("*.tmp")) and not list(waves.glob("*.f32"))
+    assert list(waves.glob("*/*.tmp")) and not list(waves.glob("*/*.i16"))
     subprocess.run(command, check=True)
-    cache, = waves.glob("*.f32")
-    assert torch.equal(WaveCache(cache)[39], clips[39].load(8000)) and not list(waves.glob("*.tmp"))
+    assert len(list(waves.glob("*/*.i16"))) == 1 and not list(waves.glob("*/*.tmp"))
 
 
 def test_mixture_is_the_sum_of_its_clips(clips):
@@ -774,7 +899,7 @@ GROWTH = textwrap.dedent("""
     path = folder/"x.wav"
     if not path.exists(): sf.write(path, np.random.default_rng(0).uniform(-1, 1, 32000), 16000)
     clips = [Clip(path, name=str(i)) for i in range(n)]
-    cache = WaveCache.open(clips, 8000, f"{n:064}", workers=2, progress=False)
+    cache = WaveCache.open(clips, 8000, list(range(n)), workers=2, progress=False)
     for i in range(0, n, 16): cache.batch(range(i, min(n, i + 16)))
     lines = open("/proc/self/smaps_rollup").readlines()
     anonymous = sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))

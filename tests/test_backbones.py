@@ -864,6 +864,15 @@ def test_a_hugging_face_folder_says_how_to_load_it(hub):
     assert load_backbone(f"hf:{hub / 'wav2vec2'}").dim == 16
 
 
+def test_a_name_of_the_hub_says_how_it_is_written(tmp_path):
+    for name in ("hf:", "HF:facebook/wav2vec2-base"):
+        with pytest.raises(BackboneError, match="write hf:OWNER/NAME"): load_backbone(name)
+    with pytest.raises(BackboneError, match="hf:OWNER/NAME is one of the Hub"): load_backbone("facebook/wav2vec2-base")
+    pytest.importorskip("transformers")
+    with pytest.raises(BackboneError, match="check the name on huggingface.co") as raised: load_backbone(f"hf:{tmp_path}/none")
+    assert "list_backbones" not in str(raised.value) and "\n" not in str(raised.value)
+
+
 def test_a_path_that_is_not_there_is_called_one(tmp_path):
     with pytest.raises(BackboneError, match="neither a folder here nor the name"):
         load_backbone(tmp_path / "typo")

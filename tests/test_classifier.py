@@ -23,10 +23,10 @@ from act import cli
 from act.audio import Clip
 from act.backbones import BackboneError, load_backbone
 from act.classifier import (AudioClassifier, audio_files, Calibration, ClassifierError, EmbeddingWriter, _best_temperature,
-                            _confusion, cross_validate, drawn_folds, expected_calibration_error, _fit_platt, stream_embeddings)
+                            _confusion, cross_validate, expected_calibration_error, _fit_platt, stream_embeddings)
 from act.cli import read_embeddings
 from act.core import ActError
-from act.tasks import SPLITS, Task, folder_task, load_task
+from act.tasks import SPLITS, Task, draw_folds, folder_task, load_task
 from act.tuning import TuneConfig
 
 ACT = Path(sys.executable).with_name("act")
@@ -201,17 +201,17 @@ def test_the_best_of_several_trials_is_kept(tones, tmp_path):
 def test_folds_keep_groups_together_and_test_every_clip_once():
     task = small_task("words-4")
     task.groups = np.array([f"speaker {i % 9}" for i in range(len(task))])
-    parts = drawn_folds(task, 3)
+    parts = draw_folds(task, 3)
     tested = np.concatenate([part.indices("test") for part in parts])
     assert sorted(tested) == list(range(len(task)))
     for part in parts:
         part.require(*SPLITS)
         assert not part.shared_groups
-    assert len({part.digest for part in parts}) == 3 == len({part.digest for part in drawn_folds(task, 3)} & {part.digest for part in parts})
+    assert len({part.digest for part in parts}) == 3 == len({part.digest for part in draw_folds(task, 3)} & {part.digest for part in parts})
     scores = cross_validate(task, 2, backbone="log-mel", method="frozen", progress=False)
     assert scores.shape[0] == 4 and scores.index.names == ["fold", "probe"] and (scores.accuracy > .25).all()
     for folds in (1, 2.5, 10):
-        with pytest.raises(ActError): drawn_folds(task, folds)
+        with pytest.raises(ActError): draw_folds(task, folds)
 
 
 # ---------------------------------------------------------------- predictions

@@ -17,7 +17,7 @@ from act import cli, reproduce
 from act.core import ActError
 from act.paper import (ARTEFACTS, Artefact, PaperError, PlannedRow, checked_profile, named_methods, parameters,
                        planned_rows, planned_runs, register_artefact)
-from act.study import Store, StudyError, default_jobs
+from act.study import Store, StudyError, default_jobs, run_threads
 
 ACT = Path(sys.executable).with_name("act")
 
@@ -479,6 +479,28 @@ def test_jobs_follow_the_cores_of_the_process(monkeypatch):
         finally: os.sched_setaffinity(0, allowed)
     monkeypatch.setenv("ACT_JOBS", " 3 ")
     assert default_jobs() == 3
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
+def test_threads_of_a_run(monkeypatch):
+    import torch
+    monkeypatch.delenv("ACT_THREADS", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    assert run_threads() == 1                                   # so that records do not depend on the cores
+    allowed = os.sched_getaffinity(0)
+    for on_gpu, value in ((False, "auto"), (True, "")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+        monkeypatch.setenv("ACT_THREADS", value)
+        assert run_threads() <= len(allowed)
+        try:
+            os.sched_setaffinity(0, {min(allowed)})
+            assert run_threads() == 1
+        finally: os.sched_setaffinity(0, allowed)
+    monkeypatch.setenv("ACT_THREADS", "5")
+    assert run_threads() == 5
+    monkeypatch.setenv("ACT_THREADS", "none")
+    with pytest.raises(StudyError, match="ACT_THREADS=none: set it to a whole number"): run_threads()
 
 
 # ---------------------------------------------------------------- a cache that may only be read

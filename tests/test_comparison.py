@@ -9,10 +9,10 @@ import pytest
 import soundfile as sf
 
 from act import cli, comparison
-from act.comparison import ComparisonError, Plan, compare_on, draw_folds, verdicts
+from act.comparison import ComparisonError, Plan, compare_on, verdicts
 from act.core import REGISTRIES, ActError
 from act.study import Store
-from act.tasks import csv_task, folder_task
+from act.tasks import csv_task, draw_folds, folder_task
 
 ENCODER = "log-mel"
 QUICK = dict(methods=["frozen", "contrastive"], trials=[dict(lr=1e-3, batch=32)], passes=1, jobs=1, progress=False)
@@ -166,7 +166,7 @@ def test_a_verdict_for_every_side_of_zero():
     (dict(methods=["frozen"]), "name two or more"),
     (dict(methods=["frozen", "contrastve"]), "no method 'contrastve'"),
     (dict(methods=["frozen", "lp-ft bce"]), "methods: lp-ft bce does not fit a task with one label per clip"),
-    (dict(folds=2), "folds=2: give a whole number from 3 up"),
+    (dict(folds=1), "folds=1: give a whole number from 2 up"),
     (dict(folds=100), "folds=100: pets has 24 clips; give at most so many"),
     (dict(seeds=1.5), "seeds=1.5"),
     (dict(budget=0), "minutes above 0"),

@@ -169,3 +169,10 @@ def test_faults_are_one_line(name):
         call()
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_autocast_around_geometry_changes_nothing():
+    z, labels = space()
+    expected = geometry(z, labels)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert geometry(z, labels).equals(expected)

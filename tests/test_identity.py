@@ -17,12 +17,12 @@ import soundfile as sf
 import torch
 
 from act import core
-from act.audio import Clip, Mixture, WaveCache
+from act.audio import Clip, Mixture, waveform_keys
 from act.backbones import Backbone, load_backbone, masked_max, masked_mean, register_backbone
 from act.core import REGISTRIES, code_of, content_of, file_digest, pack_parts, unpack_parts
 from act.embeddings import default_fabric, embed, embedding_identity, fingerprint
 from act.study import Run, Store, execute_all, run_identity, run_key
-from act.tasks import Task, load_task, register_task
+from act.tasks import Task, _clip_identities, load_task, register_task
 from act.tuning import TuneConfig, TuningError, tune
 
 RATE = 16000
@@ -80,7 +80,7 @@ def embedding_name(task, backbone, run, precision):
 
 
 def waves_name(task, backbone, run, precision):
-    return WaveCache.identity(task.clips, backbone.sample_rate, task.content).digest
+    return waveform_keys(task.clips, backbone.sample_rate, _clip_identities(task))
 
 
 def checkpoint_name(task, backbone, run, precision):

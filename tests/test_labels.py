@@ -292,7 +292,10 @@ def faults():
     yield "soft rows", dual((X, soft)), "multi-hot rows must hold 0 or 1"
     yield "signs as rows", dual((X, 2 * tags - 1)), "must hold 0 or 1; got -1 at"
     yield "classes as rows", dual((X, tags * 5)), "must hold 0 or 1; got 5"
-    yield "NaN in rows", dual((X, np.where(tags, np.nan, 0))), "must hold 0 or 1; got nan"
+    yield "infinity in rows", dual((X, np.where(tags, np.inf, 0))), "must hold 0 or 1; got inf"
+    nobody_knows = X, np.where(np.arange(tags.shape[1]) == 1, np.nan, tags)
+    yield ("a label that nobody knows", dual(nobody_knows, nobody_knows, nobody_knows),
+           "the label in column 1 is not known for any clip")
     yield "names as rows", dual((X, np.stack([names, names], 1))), "names must have the shape (N,)"
     yield "half classes", dual((X, y + .5)), "continuous value"
     yield "NaN as a class", dual((X, np.where(y == 1, np.nan, y))), "every clip needs a class"

@@ -1,7 +1,9 @@
 """Long clips: batches that fit into memory, windows, and results that do not depend on either."""
 import os
+import pickle
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,8 +15,10 @@ import act.embeddings as embeddings
 from act import core
 from act.audio import WaveCache
 from act.backbones import Backbone, BackboneError, load_backbone
-from act.embeddings import (EmbeddingError, batches_by_length, clip_windows, default_max_samples, embed,
-                            frozen_embeddings, rounded_length)
+from act.core import ActWarning
+from act.embeddings import (EmbeddingError, SampleLimit, batches_by_length, clip_costs, clip_windows,
+                            default_fabric, default_max_samples, embed, embedding_identity, frozen_embeddings,
+                            rounded_length, warn_of_long_clips)
 from act.tasks import SPLITS, Task, TaskError
 from act.tuning import TuneConfig, TuningError, tune
 
@@ -145,6 +149,62 @@ class Spy(Backbone):
         return max(b * t for b, t in shapes), max(b for b, _ in shapes)
 
 
+class Attention(Spy):
+    """Frames of 10 ms whose attention weights (F, F) are kept."""
+    def encode(self, x, lengths):
+        frames, counts = super().encode(x, lengths)
+        logits = frames @ frames.mT
+        padding = torch.arange(frames.shape[1]) >= counts[:, None]
+        weights = logits.masked_fill(padding[:, None], -torch.inf).softmax(2)
+        return weights @ frames, counts
+
+
+def test_attention_makes_a_long_clip_cost_more_than_its_length():
+    attention, spy = Attention(), Spy()
+    for backbone in (attention, spy):
+        limit = default_max_samples(backbone, CPU, longest=8000 * 60)
+        assert (limit.growth > 0) == (backbone is attention)
+        assert default_max_samples(backbone, CPU, longest=8000 * 4).growth == 0      # not measured
+        bytes_per_sample = embeddings._batch_bytes(CPU) / limit
+        for seconds in (1, 4, 30):
+            _, kept = embeddings._kept_by_noise(backbone, CPU, seconds)
+            cost, = clip_costs(backbone, [8000 * seconds], limit)
+            assert kept <= 1.01 * cost * bytes_per_sample <= 1.03 * (kept + 64 * 8000 * seconds)
+
+
+def test_batches_of_long_clips_hold_fewer_samples(tmp_path, monkeypatch):
+    """A batch of 20 s costs (F, F) weights of 2000 frames each, 32 MB; one of 1 s costs 400 times less."""
+    monkeypatch.setattr(embeddings, "CPU_BYTES", 100e6)
+    task = task_of([20.] * 6 + [1.] * 60)
+    attention = Attention()
+    z = embedded(attention, task, tmp_path, "bounded")
+    shapes = [shape for shape in attention.shapes if shape[1] not in (8000 * 4,)]
+    assert max(b for b, t in shapes if t > 100_000) <= 3 and max(b for b, t in shapes if t < 10_000) >= 20
+    whole = embedded(Attention(), task, tmp_path, "whole", max_samples=10**9)
+    assert np.allclose(z, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_a_limit_is_a_number_that_travels():
+    limit = pickle.loads(pickle.dumps(SampleLimit(1000, .5)))
+    assert limit == 1000 and limit.growth == .5 and min(limit, 2000) == 1000
+
+
+def test_a_clip_that_does_not_fit_is_announced_with_the_remedy(monkeypatch):
+    attention, lengths = Attention(), np.array([8000, 8000 * 600])
+    monkeypatch.setattr(embeddings, "_free_bytes", lambda device: 2**32)
+    limit = default_max_samples(attention, CPU, lengths.max())
+    with pytest.warns(ActWarning, match="spy: a clip of 600 s may need .* GiB, 4 GiB are free: set max_seconds=") as record:
+        warn_of_long_clips(attention, lengths, limit, CPU)
+    seconds = float(str(record[0].message).split("max_seconds=")[1].split()[0])
+    fitting, = clip_costs(attention, [int(8000 * seconds)], limit)
+    above, = clip_costs(attention, [int(8000 * (seconds + .2))], limit)
+    assert fitting <= limit < above
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_long_clips(attention, lengths[:1], limit, CPU)
+        warn_of_long_clips(attention, lengths, 10**6, CPU)              # asked for by the user
+
+
 MIXED = [.1, .12, .3, 2., .05, .1, .4, .25, .11, .1, 1., .3, .2, .1, .15, .1, .1, .6]
 
 
@@ -220,6 +280,41 @@ def test_settings_that_cannot_be_are_named(field, value):
     assert "\n" not in str(error.value)
 
 
+def test_chunks_that_are_gathered_change_nothing(tmp_path, monkeypatch):
+    backbone, task = load_backbone("random:musicnn-vgg"), task_of(COMPANY)
+    for options in (dict(batch=3), dict(max_seconds=.3, batch=3)):
+        whole = embedded(backbone, task, tmp_path, f"whole {options}", **options)
+        monkeypatch.setattr(embeddings, "GATHERED_BYTES", 1)
+        assert np.array_equal(embedded(backbone, task, tmp_path, f"chunks {options}", **options), whole)
+        monkeypatch.undo()
+        monkeypatch.setenv("ACT_CACHE", str(tmp_path / "cache"))
+        rows = np.array([3, 0, 6])
+        part = frozen_embeddings(backbone, task.waveforms(backbone.sample_rate), rows, 2, CPU,
+                                 max_seconds=options.get("max_seconds"))
+        assert np.allclose(part, whole[rows], rtol=1e-4, atol=1e-5 * np.abs(whole).max())
+
+
+def test_embedding_has_the_precision_of_its_fabric(tmp_path):
+    backbone, task = load_backbone("random:speech-embedding"), task_of([.5] * 6)
+    exact, coarse = (default_fabric(precision) for precision in ("32-true", "bf16-mixed"))
+    z = {fabric: embedded(backbone, task, tmp_path, "z", fabric=fabric) for fabric in (exact, coarse)}
+    assert embedding_identity(backbone, task, exact).differing(embedding_identity(backbone, task, coarse)) == [
+        'precision ("bf16-mixed" there, "32-true" here)']
+    error = np.abs(z[exact] - z[coarse]).max() / np.abs(z[exact]).max()
+    assert z[coarse].dtype == np.float32 and 1e-5 < error < .05
+    waves, rows = task.waveforms(backbone.sample_rate), np.arange(6)
+    assert np.array_equal(frozen_embeddings(backbone, waves, rows, 64, CPU, fabric=coarse), z[coarse])
+
+
+def test_lengths_reach_the_encoder_on_the_cpu_as_whole_numbers(tmp_path):
+    class Checked(Spy):
+        def encode(self, x, lengths):
+            assert lengths.dtype == torch.int64 and lengths.device.type == "cpu"
+            return super().encode(x, lengths)
+
+    embedded(Checked(), task_of(MIXED), tmp_path, "z")
+
+
 def test_no_clips_have_no_embeddings():
     waves = task_of([1.]).waveforms(16000)
     assert frozen_embeddings(load_backbone("log-mel"), waves, [], 64, CPU).shape == (0, 128)
@@ -258,10 +353,10 @@ def test_a_bound_gives_the_gradient_of_the_whole_batch(monkeypatch):
 def test_long_clips_are_cropped_anew_in_every_view(monkeypatch):
     read, starts = WaveCache.batch, [set(), set(), set(), set()]
 
-    def batch(self, indices, start, samples):
+    def batch(self, indices, start, samples, *width):
         for i, s in zip(indices.tolist(), start.tolist()): starts[i].add(s)
         assert (start + samples <= self.lengths.numpy()[indices]).all()
-        return read(self, indices, start, samples)
+        return read(self, indices, start, samples, *width)
 
     monkeypatch.setattr(WaveCache, "batch", batch)
     spy, task = Spy(), task_of([.1, 1., 1.5, .1], splits=("train",))

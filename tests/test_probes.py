@@ -1,6 +1,7 @@
 """Probes: parity with scikit-learn, determinism, neighbours with ties, metrics and intervals, scaling, faults."""
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from act.core import ActError
-from act.metrics import METRICS, ProbeError, bootstrap_interval, paired_bootstrap
-from act.probes import MULTI_LABEL_METRICS, KNNProbe, LinearProbe, dual_probe, nearest
+from act import solver
+from act.metrics import METRICS, ProbeError, bootstrap_interval, mAP_of_tensor, paired_bootstrap
+from act.probes import MULTI_LABEL_METRICS, KNNProbe, LinearProbe, dual_probe, nearest, probe_embedding
 from act.solver import linear_path
+from act.tasks import Task
 
 
 def embeddings(n=1500, dim=96, classes=12, seed=0, scale=.7):
@@ -297,3 +300,113 @@ def test_ten_times_the_clips_to_embed(repo, monkeypatch):
     from embeddings import GIVES_BACK, fresh
     memory = lambda clips: fresh("embed", "speech-embedding", clips, "cpu", **GIVES_BACK)[1]
     assert memory(10000) < 1.2 * memory(1000)
+
+
+# ---------------------------------------------------------------- labels that are not known
+
+@pytest.fixture(scope="module")
+def partly_known():
+    """Embeddings, multi-hot rows, and the same rows with a third of the labels unknown."""
+    X, y = embeddings(900, 32, 8)
+    tags = torch.stack([y % 2 == 0, y > 4, y == 1], 1).float()
+    tags[:30] = 1 - tags[:30]
+    unknown = torch.rand(tags.shape, generator=torch.Generator().manual_seed(3)) < .35
+    return X, tags, tags.masked_fill(unknown, torch.nan)
+
+
+def test_each_label_is_fitted_to_the_clips_for_which_it_is_known(partly_known):
+    X, _, y = partly_known
+    Cs = [.01, .1, 1.]
+    together = linear_path(X.double(), y, Cs, tol=1e-9, standardize=False)
+    for label, column in enumerate(y.T):
+        known = ~column.isnan()
+        alone = linear_path(X[known].double(), column[known].long(), Cs, tol=1e-9, standardize=False)
+        torch.testing.assert_close(together.coef[:, label], alone.coef[:, 0], rtol=1e-3, atol=1e-4)
+        logits = together.logits(X.double())[..., label], alone.logits(X.double())[..., 0]
+        torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-3)
+
+
+def test_neighbours_vote_for_the_labels_that_are_known_for_them(partly_known):
+    X, _, y = partly_known
+    scores = KNNProbe(k=12, temperature=.1).fit(X[:600], y[:600]).predict_proba(X[600:])
+    similarity, index = nearest(X[600:], X[:600], 12)
+    weight = (similarity / .1).exp()
+    for label in range(3):
+        votes = y[:600, label][index]
+        known = ~votes.isnan()
+        expected = (weight * votes.nan_to_num(0)).sum(1) / (weight * known).sum(1)
+        asked = known.any(1)
+        torch.testing.assert_close(scores[asked, label], expected[asked])
+        share = float(y[:600, label].nanmean())
+        assert scores[~asked, label].tolist() == pytest.approx([share] * int((~asked).sum()))
+
+
+def test_a_task_with_unknown_labels_is_read_without_them(partly_known):
+    X, tags, y = partly_known
+    split_of = np.repeat(["train", "valid", "test"], 300)
+    clips = [SimpleNamespace(key=str(i), load=None) for i in range(900)]
+    task = Task("partly", clips, (y == 1).float(), ("a", "b", "c"), split_of, known=~y.isnan())
+    found = probe_embedding(X.numpy(), task, n_resamples=20)
+    parts = [(X[rows].numpy(), y[rows].numpy()) for rows in (slice(0, 300), slice(300, 600), slice(600, 900))]
+    expected = dual_probe(*parts, n_resamples=0)
+    as_negatives = dual_probe(*[(x, np.nan_to_num(t)) for x, t in parts], n_resamples=0)
+    for probe in ("linear", "knn"):
+        result = getattr(found, probe)
+        assert result.metrics == getattr(expected, probe).metrics
+        np.testing.assert_array_equal(result.scores, getattr(expected, probe).scores)
+        share = float(tags[600:].mean())                # negatives that nobody has checked would lower all scores
+        assert abs(result.scores.mean() - share) < abs(getattr(as_negatives, probe).scores.mean() - share)
+        low, high = result.intervals["mAP"]
+        assert low <= result.metrics["mAP"] <= high
+
+
+# ---------------------------------------------------------------- as on a GPU
+
+@pytest.mark.parametrize("kind", ["classes", "two classes", "labels", "unknown labels"])
+def test_rounds_between_looks_lead_to_the_same_minimum(kind, partly_known, monkeypatch):
+    X, tags, y = partly_known
+    if kind.endswith("classes"):
+        X, y = embeddings(900, 32, 2 if kind.startswith("two") else 8)
+    if kind == "labels":
+        y = tags
+    Cs = [1e-3, .05, 2., 100.]
+    stepwise = linear_path(X, y, Cs)
+    monkeypatch.setattr(solver, "_STEPS_BETWEEN_LOOKS", dict(cpu=4))
+    rounds = linear_path(X, y, Cs)
+    torch.testing.assert_close(rounds.objective, stepwise.objective, rtol=1e-3, atol=0)
+    assert (rounds.n_iter - stepwise.n_iter).abs().max() <= 4
+
+
+def test_rounds_shorten_steps_that_are_too_long(monkeypatch):
+    monkeypatch.setattr(solver, "_STEPS_BETWEEN_LOOKS", dict(cpu=4))
+    monkeypatch.setattr(solver, "_initial_inverse", lambda state, problems: torch.full_like(state.gradient, 3e3).flatten(1).unsqueeze(1))
+    X, y = embeddings(300, 16, 4)
+    expected, _ = peer_objective(X, y, 1.)
+    assert float(linear_path(X, y, [1.]).objective) == pytest.approx(expected, rel=2e-3)
+
+
+def test_a_device_changes_no_score():
+    sides = split(*embeddings())
+    there = dual_probe(*sides, n_resamples=0, device="cpu")
+    here = dual_probe(*[(X.numpy(), y.numpy()) for X, y in sides], n_resamples=0)
+    for a, b in ((there.linear, here.linear), (there.knn, here.knn)):
+        assert a.metrics == b.metrics and isinstance(a.scores, np.ndarray)
+        np.testing.assert_array_equal(a.scores, b.scores)
+
+
+def test_average_precision_of_a_tensor_with_ties_and_unknown_labels(partly_known):
+    _, _, y = partly_known
+    scores = torch.rand(y.shape, generator=torch.Generator().manual_seed(0)).mul(20).round() / 20
+    y = torch.cat([y, torch.zeros(900, 1)], 1)                        # the last label never occurs
+    scores = torch.cat([scores, scores[:, :1]], 1)
+    assert mAP_of_tensor(y.numpy(), scores) == pytest.approx(METRICS["mAP"](y.numpy(), scores.numpy()), abs=1e-6)
+
+
+def test_autocast_around_probes_changes_nothing():
+    (X, y), _, (Q, _) = split(*embeddings(600))
+    def read():
+        return [LinearProbe().fit(X, y).predict_proba(Q), KNNProbe().fit(X, y).predict_proba(Q), nearest(Q, X, 5)[0]]
+    expected = read()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for found, exact in zip(read(), expected):
+            assert torch.equal(found, exact)

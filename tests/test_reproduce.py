@@ -146,7 +146,8 @@ def test_profiles_that_ship_can_be_planned(name):
 def test_every_method_of_a_row_has_equally_many_trials(name):
     from act.paper import ARTEFACTS, planned_rows
     from act.reproduce import read_profile
-    from act.study import FROZEN, trial_runs
+    from act.study import trial_runs
+    from act.tuning import FROZEN
     profile = read_profile(name)
     rows = [row for section in ARTEFACTS if section in profile for row in planned_rows(section, profile[section])]
     for row in rows:

@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from act.analysis import (AnalysisError, class_slopes, claims, completed_rows, judge, long_table, mean_effect, paired_table,
-                          probe_geometry, rank_correlation)
+from act.analysis import (AnalysisError, class_slopes, claims, completed_rows, judge, long_table, mean_effect, mean_interval,
+                          paired_table, probe_geometry, rank_correlation)
 from act.metrics import METRICS, ProbeError, bootstrap_interval, effective_groups, over_folds, paired_bootstrap
 from act.paper import TABLE_2
 from act.report import claims_text, matrix_text, paired_text, verdict_sentences, verdicts_text, wide_table
@@ -27,6 +27,23 @@ def no_collection(monkeypatch):
 def runs_of(rng, y, shares):
     """For each share of errors predictions (N,) of binary labels."""
     return [np.where(rng.random(len(y)) < share, 1 - y, y) for share in shares]
+
+
+@pytest.mark.filterwarnings("error")
+def test_infinite_values_make_neither_a_warning_nor_a_wrong_interval():
+    tags = np.array([[1, 0], [0, 1], [1, 1], [0, 0], [1, 0], [0, 1]])
+    scores = tags + np.array([[0], [0], [0], [.9], [0], [0]]) * [1, 1.2]
+    value, low, high = bootstrap_interval("d_prime", tags, scores, 300)
+    assert 0 <= low < value < np.inf == high
+    assert bootstrap_interval("d_prime", tags, tags, 50) == (np.inf, np.inf, np.inf)
+    assert bootstrap_interval("d_prime", tags, 1 - tags, 50) == (-np.inf, -np.inf, -np.inf)
+    value, low, high = bootstrap_interval("d_prime", tags, scores, 50, groups=[0, 0, 1, 1, 2, 2])
+    assert np.isfinite(value) and np.isnan([low, high]).all()
+    assert np.isnan(bootstrap_interval("roc_auc", np.ones((6, 2)), scores, 50)).all()
+    with pytest.raises(ProbeError, match="d_prime is infinite for some clips"):
+        paired_bootstrap("d_prime", tags, [scores], [scores], 300)
+    mean, half = mean_interval([1., np.inf])
+    assert mean == np.inf and np.isnan(half)
 
 
 def test_without_groups_the_numbers_are_those_of_the_plain_bootstrap():

@@ -240,7 +240,7 @@ def test_full_disk_under_the_cache(tmp_path, separate_cache, disk):
     records = whole_records(store)
     assert statuses(records) == ["failed"] * 3
     assert all(record["error"].startswith("the disk is full: make room") for record in records)
-    assert list((cache / "waves").glob("*.f32")) + list((cache / "waves").glob("*.part")) == []
+    assert list((cache / "waves").glob("*/*")) == []
 
     disk("64m")
     fill = """
@@ -450,3 +450,21 @@ def test_trials_by_method_are_equally_many():
     trials = dict(all=[dict(lr=1e-3)], contrastive=[dict(lr=1e-3, views=1), dict(lr=1e-3)])
     with pytest.raises(StudyError, match="equally many trials, these are not: all 1, contrastive 2"):
         study.compare("words-4", "speech-embedding", METHODS, trials, [0], None)
+
+
+def test_no_run_begins_after_the_deadline_and_the_same_call_does_the_rest(tmp_path, monkeypatch):
+    runs = [Run("words-4", "log-mel", seed=seed) for seed in range(2)]
+    store = Store(tmp_path)
+    late = iter([False, False, True, True])         # before the study, before each run, after the study
+    with monkeypatch.context() as m:
+        m.setattr(study, "_is_late", lambda: next(late))
+        with pytest.raises(StudyError, match="1 of 2 runs are finished and kept; run again for the rest"):
+            execute_all(runs, store, jobs=1, progress=False)
+    assert statuses(store.records()) == ["done"]
+    assert statuses(execute_all(runs, store, jobs=1, progress=False)) == ["done", "done"]
+
+
+def test_a_deadline_that_is_no_time_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACT_DEADLINE", "soon")
+    with pytest.raises(StudyError, match="ACT_DEADLINE=soon"):
+        execute_all([Run("words-4", "log-mel")], Store(tmp_path), jobs=1, progress=False)

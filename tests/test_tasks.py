@@ -23,6 +23,7 @@ from act.tasks import (
     Task,
     TaskError,
     csv_task,
+    draw_folds,
     folder_task,
     list_tasks,
     load_task,
@@ -104,7 +105,7 @@ def test_every_official_fold_is_a_test_once(real_cache):
 def test_decoding_and_caching_a_real_task(real_cache):
     task = load_task("fsdd").subset(range(0, 3000, 60))
     cache = task.waveforms(16000)
-    assert len(cache) == 50 and torch.equal(cache[7], task.clips[7].load(16000))
+    assert len(cache) == 50 and torch.allclose(cache[7], task.clips[7].load(16000), atol=2e-5)      # 16 bits
 
 
 def test_without_consent_the_drums_are_unavailable(mirror, tmp_path, monkeypatch):
@@ -837,6 +838,54 @@ def test_split_groups_keeps_groups_and_proportions(seed):
         assert abs((split == side).mean() - share) < 0.06
         np.testing.assert_allclose(labels[split == side].sum(0) / labels.sum(0), share, atol=0.15)
     assert (split_groups(labels, groups, seed=seed) == split).all()
+
+
+@pytest.mark.parametrize("folds", [2, 3, 7])
+def test_folds_test_every_clip_once_and_validate_on_others(folds):
+    rng = np.random.default_rng(0)
+    hot = (rng.random((70, 3)) < 0.5).astype(np.float32)
+    groups = np.array([f"g{i // 5}" for i in range(70)])
+    task = Task("toy", [Clip("x.wav")] * 70, hot, "abc", ["train"] * 70, groups=groups)
+    drawn = draw_folds(task, folds)
+    tested = np.concatenate([fold.indices("test") for fold in drawn])
+    assert sorted(tested) == list(range(70)) and len(drawn) == folds
+    for fold in drawn:
+        fold.require(*SPLITS)
+        assert not fold.shared_groups and fold.name == "toy"
+    validated = np.concatenate([fold.indices("valid") for fold in drawn])
+    assert folds == 2 or sorted(validated) == list(range(70))
+    assert [fold.digest for fold in draw_folds(task, float(folds))] == [fold.digest for fold in drawn]
+
+
+@pytest.mark.parametrize("folds", [1, 2.5, float("nan"), 15])
+def test_folds_that_cannot_be_drawn(folds):
+    groups = [f"g{i // 5}" for i in range(70)]
+    task = Task("toy", [Clip("x.wav")] * 70, np.arange(70) % 2, "ab", ["train"] * 70, groups=groups)
+    with pytest.raises(TaskError, match="from 2 up|has 14 groups of clips") as raised:
+        draw_folds(task, folds)
+    assert "\n" not in str(raised.value)
+
+
+def test_files_with_labels_are_a_task(tmp_path):
+    paths = [tmp_path / f"{i % 3}" / f"{i}.wav" for i in range(12)]
+    for i, path in enumerate(paths):
+        path.parent.mkdir(exist_ok=True)
+        sf.write(path, np.full(800, 0.01 * i), 8000)
+    task = Task.from_files(paths, np.arange(12) % 2, classes=("no", "yes"), groups=np.arange(12) // 2)
+    assert (task.name, task.sample_rate, task.clips[4].name) == (tmp_path.name, 8000, "1/4.wav")
+    assert task.labels.tolist() == [0, 1] * 6 and task.classes == ("no", "yes") and not task.shared_groups
+    split = ["train", "dev", "eval"] * 4
+    assert Task.from_files(paths, [{"a"}, ["a", "b"]] * 6, split=split).multilabel
+    refused = {
+        "12 clips but 2 labels": (paths, ["a", "b"]),
+        "the list is empty": ([], []),
+        "listed 2 times": (paths[:1] + paths[:11], ["a", "b"] * 6),
+        "has no label": (paths, ["a", None] + ["a", "b"] * 5),
+        "9.flac: ": ([*paths[:11], tmp_path / "9.flac"], ["a", "b"] * 6),
+    }
+    for message, (files, labels) in refused.items():
+        with pytest.raises(TaskError, match=message):
+            Task.from_files(files, labels)
 
 
 def test_rare_classes_reach_train_first():
