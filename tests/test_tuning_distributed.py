@@ -15,7 +15,8 @@ from act.tasks import Task
 from act.tuning import TuneConfig, TuningError, _Loop, tune
 
 CONFIG = TuneConfig(passes=2, batch=8, views=2, augment=None, lr=.01, precision="64-true", per_class=None)
-SMALL_STEPS = dict(batch=3, views=1)         # clips of a step: three, and of the last one two
+SMALL_STEPS = dict(batch=4)                  # two clips in two views; the last step of an epoch has one
+pytestmark = pytest.mark.filterwarnings("ignore:tiny. an anchor has", "ignore:a batch in which no clip")
 
 
 class Tiny(Backbone):
@@ -56,7 +57,7 @@ def tuned_weights(fabric, **changes):
 
 CASES = {
     "contrastive": dict(), "contrastive, few clips": SMALL_STEPS,
-    "vanilla": dict(method="vanilla"), "vanilla, few clips": dict(SMALL_STEPS, method="vanilla"),
+    "vanilla": dict(method="vanilla"), "vanilla, few clips": dict(batch=2, method="vanilla"),
     "micro-batches": dict(micro_batch=2), "micro-batches, few clips": dict(SMALL_STEPS, micro_batch=1)}
 
 
@@ -124,7 +125,7 @@ def test_processes_end_with_the_weights_of_one(case, answers):
     """Steps of fewer clips than processes, and parameters that nothing depends on, among them."""
     expected = tuned_weights(None, **CASES[case])
     start = dict(Tiny().double().named_parameters())
-    moved = {name: float((weight - start[name]).norm()) for name, weight in expected.items()}
+    moved = {name: float((weight - start[name].detach()).norm()) for name, weight in expected.items()}
     assert moved["layer.weight"] > 0 and moved["unused.weight"] == 0
     for found in answers:
         for name, weight in expected.items():
@@ -137,6 +138,5 @@ def test_the_first_process_decides_when_to_stop(answers):
     assert len(taken) == 1 and taken.pop() < 20        # after the third of six epochs
 
 
-@pytest.mark.xfail(reason="the flag of one process does not reach the others yet", strict=False)
 def test_nan_in_one_process_ends_all_in_one_line(answers):
     for found in answers: assert found["nan"] and "step 0" in found["nan"] and "\n" not in found["nan"]
