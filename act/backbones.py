@@ -37,7 +37,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .core import DISK_FULL, ActError, Registry, file_digest, full_path, import_extra, near_matches
-from .encoders import silence_padding, valid_frames
+from .encoders import (batched_features, is_padded, on_device, silence_padding, valid_frames,
+                          without_autocast)
 from .manifest import weight_file
 
 # %% ../nbs/api/06_backbones.ipynb #bac00005
@@ -47,23 +48,31 @@ class BackboneError(ActError):
 # %% ../nbs/api/06_backbones.ipynb #bac00007
 def masked_mean(h, counts):
     """Mean over the real frames: (B, F, D), (B,) -> (B, D), in float32 or float64."""
-    padding = ~valid_frames(counts, h.shape[1])                   # (B, F)
-    h = _at_least_single(h)
-    h = h.masked_fill(padding[..., None], 0.)
-    return h.sum(1) / counts[:, None]
+    total = _fill_padding(h, counts, 0.).sum(1)
+    return total / on_device(counts, h.device)[:, None]
 
 
 def masked_max(h, counts):
     """Maximum over the real frames: (B, F, D), (B,) -> (B, D), in float32 or float64."""
-    padding = ~valid_frames(counts, h.shape[1])                   # (B, F)
-    h = _at_least_single(h)
-    h = h.masked_fill(padding[..., None], -torch.inf)
-    return h.amax(1)
+    return _fill_padding(h, counts, -torch.inf).amax(1)
 
 
-def _at_least_single(x):
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return x.to(dtype)
+def _fill_padding(h, counts, value):
+    """Vectors (B, F, D) in float32 or float64, with a value in the frames beyond each clip's end."""
+    dtype = torch.promote_types(h.dtype, torch.float32)
+    h = h.to(dtype)
+    frames = h.shape[1]
+    if not is_padded(counts, frames):
+        return h
+    padding = ~valid_frames(counts, frames, h.device)             # (B, F)
+    return h.masked_fill(padding[..., None], value)
+
+# %% ../nbs/api/06_backbones.ipynb #bac00010c
+def _prepare_recurrent(module):
+    """Let cuDNN compute gradients of a recurrent layer also in eval mode, from weights that lie in one piece."""
+    if not module.dropout:
+        module.training = True
+    module.flatten_parameters()         # a copy of a network has them scattered
 
 # %% ../nbs/api/06_backbones.ipynb #bac00010
 class Backbone(nn.Module):
@@ -101,7 +110,11 @@ class Backbone(nn.Module):
     transient = ("lr", "batch")      # attributes that do not change an embedding
 
     def encode(self, x, lengths):
-        """Waveforms (B, T) and lengths (B,) -> vectors (B, F, D) and the number of real ones, (B,)."""
+        """Waveforms (B, T) and lengths (B,) -> vectors (B, F, D) and the number of real ones, (B,).
+
+        `lengths` is on the CPU, and so should the numbers be; `act.encoders.on_device` moves them to where
+        they are needed.
+        """
         raise NotImplementedError(f"{type(self).__name__} must implement encode(x, lengths)")
 
     def pool(self, h, counts):
@@ -119,6 +132,8 @@ class Backbone(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.training = False
+            elif isinstance(module, nn.RNNBase):
+                _prepare_recurrent(module)
         return self
 
     def save_assets(self, folder):
@@ -167,19 +182,23 @@ def _check_waveforms(backbone, x, sample_rate):
         raise BackboneError(f"{backbone.name} expects float waveforms in [-1, 1], got {x.dtype}: {remedy}")
 
 # %% ../nbs/api/06_backbones.ipynb #bac00012a
-def _check_lengths(x, lengths):
+def _checked_lengths(x, lengths):
+    """The samples of each clip, on the CPU."""
+    if lengths is None:
+        return torch.full((len(x),), x.shape[1], device="cpu")
+    lengths = torch.as_tensor(lengths)
     if lengths.shape != x.shape[:1]:
         shape = tuple(lengths.shape)
         raise BackboneError(f"lengths has shape {shape} for a batch of {len(x)} clips: "
                             "one number of samples per clip")
-    if lengths.is_meta:
-        return
+    lengths = lengths.cpu()                                       # waits for a GPU only if they are there
     longest = x.shape[1]
     wrong = (lengths < 1) | (lengths > longest)
     if wrong.any():
         clip = int(wrong.nonzero()[0])
         raise BackboneError(f"clip {clip} of the batch has length {int(lengths[clip])}: "
                             f"every length must be from 1 to {longest} samples; drop empty clips")
+    return lengths
 
 # %% ../nbs/api/06_backbones.ipynb #bac00012c
 def _too_short(backbone, samples, reason="no reason given"):
@@ -196,7 +215,7 @@ def _takes_a_second(backbone, x):
     samples = backbone.sample_rate
     silence = x.new_zeros(1, samples)
     try:
-        backbone.encode(silence, torch.tensor([samples], device=x.device))
+        backbone.encode(silence, torch.tensor([samples], device="cpu"))
     except Exception:
         return False
     return True
@@ -217,7 +236,7 @@ def _check_counts(backbone, lengths, counts):
     """A clip without a single frame has no mean."""
     if counts.is_meta:
         return
-    empty = lengths[counts < 1].tolist()
+    empty = lengths[counts.cpu() < 1].tolist()
     if empty:
         raise BackboneError(_too_short(backbone, empty[0], "it has no frame"))
 
@@ -225,12 +244,8 @@ def _check_counts(backbone, lengths, counts):
 def _prepared(backbone, x, lengths, sample_rate):
     """A checked batch: zero beyond each clip's end, and at least `min_seconds` long."""
     _check_waveforms(backbone, x, sample_rate)
-    if lengths is None:
-        lengths = torch.full((len(x),), x.shape[1], device=x.device)
-    _check_lengths(x, lengths)
-    lengths = lengths.to(x.device)
-    padding = ~valid_frames(lengths, x.shape[1])
-    x = x.masked_fill(padding, 0.)
+    lengths = _checked_lengths(x, lengths)
+    x = silence_padding(x[:, None], lengths)[:, 0]
     missing = max(0, backbone._min_samples - x.shape[1])
     return F.pad(x, (0, missing)), lengths.clamp(min=backbone._min_samples)
 
@@ -243,8 +258,9 @@ def forward(self: Backbone, x, lengths=None, sample_rate=None):
     ----------
     x : Tensor (B, T)
         Mono waveforms in [-1, 1], float, zero-padded to the longest.
-    lengths : LongTensor (B,), optional
-        Samples of each clip; all T when missing.
+    lengths : LongTensor or array (B,), optional
+        Samples of each clip; all T when missing. On the CPU, also for waveforms on a GPU; lengths that are
+        there are read once, which waits for what it computes.
     sample_rate : int, optional
         Their sampling rate in Hz, to be checked.
 
@@ -456,12 +472,10 @@ def _by_length(backbone, encode, x, lengths):
 
     `encode(x, lengths)` returns vectors (b, F, D) and how many are real, (b,); so does this function.
     """
-    if x.is_meta:
-        return encode(x, lengths)
     parts = []
     for samples in lengths.unique().tolist():
         rows = (lengths == samples).nonzero()[:, 0]
-        clips = x[rows, :samples]
+        clips = _take_rows(x, rows)[:, :samples]
         try:
             h, counts = encode(clips, lengths[rows])
         except (RuntimeError, ValueError, AssertionError) as error:
@@ -471,13 +485,20 @@ def _by_length(backbone, encode, x, lengths):
     return _joined(parts)
 
 # %% ../nbs/api/06_backbones.ipynb #bac00202
+def _take_rows(values, rows):
+    """Rows of a tensor on any device, by their numbers on the CPU."""
+    if torch.equal(rows, torch.arange(len(values), device="cpu")):
+        return values
+    return values.index_select(0, on_device(rows, values.device))
+
+
 def _joined(parts):
     """Groups (rows, vectors (b, F, D), counts (b,)) as one padded batch in the order of the rows."""
     frames = max(h.shape[1] for _, h, _ in parts)
     order = torch.cat([rows for rows, _, _ in parts]).argsort()
     padded = [F.pad(h, (0, 0, 0, frames - h.shape[1])) for _, h, _ in parts]
     counts = torch.cat([counts for _, _, counts in parts])
-    return torch.cat(padded)[order], counts[order]
+    return _take_rows(torch.cat(padded), order), _take_rows(counts, order)
 
 # %% ../nbs/api/06_backbones.ipynb #bac00205
 def _device_of(network):
@@ -488,12 +509,12 @@ def _device_of(network):
 
 
 def _noise(backbone, seconds):
-    """Clips of noise: (B, T) and lengths (B,), on the device and of the type of the backbone."""
+    """Clips of noise (B, T) on the device and of the type of the backbone, and lengths (B,) on the CPU."""
     lengths = [max(1, int(s * backbone.sample_rate)) for s in seconds]
     generator = torch.Generator("cpu").manual_seed(0)
     x = .1 * torch.randn(len(lengths), max(lengths), generator=generator, device="cpu")
     device = _device_of(backbone)
-    return x.to(device, backbone.dtype), torch.tensor(lengths, device=device)
+    return x.to(device, backbone.dtype), torch.tensor(lengths, device="cpu")
 
 # %% ../nbs/api/06_backbones.ipynb #bac00206
 @torch.no_grad()
@@ -593,7 +614,7 @@ class Wrapped(Backbone):
 
     def outputs(self, x, lengths):
         """Vectors (B, F, D) of the module, F = 1 for one per clip, and the number of real ones, (B,)."""
-        options = {"lengths": lengths} if self.takes_lengths else {}
+        options = {"lengths": on_device(lengths, x.device)} if self.takes_lengths else {}
         h, counts = _unpacked(self.module(x.to(self.dtype), **options))
         if len(h) != len(x):
             raise BackboneError(f"{self.name} returns {len(h)} embeddings for {len(x)} clips: "
@@ -705,8 +726,9 @@ def wrap(module, sample_rate, dim=None, name=None, frames=None, min_seconds=0.,
     ----------
     module : nn.Module
         ``module(x)`` or ``module(x, lengths=lengths)`` for waveforms x (B, T) and the samples of each clip,
-        lengths (B,). It returns embeddings (B, D); or vectors (B, F, D), whose mean is the embedding; or a
-        tuple of these and the numbers of real vectors, (B,); or an object or dict with `last_hidden_state`.
+        lengths (B,), on the device of x. It returns embeddings (B, D); or vectors (B, F, D), whose mean is
+        the embedding; or a tuple of these and the numbers of real vectors, (B,), best on the CPU; or an
+        object or dict with `last_hidden_state`.
     sample_rate : int
         Of the waveforms that it takes, in Hz.
     dim : int, optional
@@ -716,7 +738,7 @@ def wrap(module, sample_rate, dim=None, name=None, frames=None, min_seconds=0.,
     frames : int or callable, optional
         Without it, clips are embedded in groups of equal length, which is right for every module. With it,
         clips are padded to one batch: the samples from one vector to the next, or a function from lengths
-        (B,) to the numbers of real vectors (B,).
+        (B,) to the numbers of real vectors (B,), both on the CPU.
     min_seconds : float
         Shorter clips are extended with silence to this length.
     licence, source : str, optional
@@ -873,7 +895,8 @@ from .encoders import GE2ENetwork, ge2e_mel, ge2e_windows, read_ge2e_network
 # %% ../nbs/api/06_backbones.ipynb #bac00033b
 def _amplified(x, lengths, decibels):
     """Waveforms (B, T), of which those below a loudness in dB full scale are raised to it."""
-    loudness = (x.square().sum(1) / lengths).sqrt()
+    energy = x.square().sum(1)
+    loudness = (energy / on_device(lengths, x.device)).sqrt()
     gain = 10 ** (decibels / 20) / loudness.clamp(min=1e-8)
     gain = gain.clamp(min=1)
     return x * gain[:, None]
@@ -1052,16 +1075,27 @@ def _set_counts(network, counts):
             module.counts = counts
 
 # %% ../nbs/api/06_backbones.ipynb #bac00041a
-def _attention_masks(transformer, padded):
-    """The arguments that hide padded frames (B, F) from the attention of a layer."""
-    if padded.is_meta or not padded.any():
+def _attention_masks(transformer, counts, h):
+    """The arguments that hide the padded frames of h (B, F, D) from the attention of a layer."""
+    frames = h.shape[1]
+    if not is_padded(counts, frames):
         return {}                           # without a mask attention takes its fast path
+    real = valid_frames(counts, frames, h.device)
     if hasattr(transformer.layers[0].attention, "rel_attn_embed"):
-        mask = torch.zeros(padded.shape, device=padded.device)    # WavLM adds its mask to the position bias
-        return {"key_padding_mask": mask.masked_fill(padded, -torch.inf)}
-    frames = padded.shape[1]
-    mask = ~padded[:, None, None]                                 # (B, 1, 1, F)
+        mask = torch.zeros(real.shape, device=h.device)           # WavLM adds its mask to the position bias
+        return {"key_padding_mask": mask.masked_fill(~real, -torch.inf)}
+    mask = real[:, None, None]                                    # (B, 1, 1, F)
     return {"attention_mask": mask.expand(-1, 1, frames, -1)}
+
+# %% ../nbs/api/06_backbones.ipynb #bac00041c
+def _position_bias(attention, clips, frames):
+    """WavLM's values for the distances between frames, a view: (clips, heads, frames, frames)."""
+    distances = torch.arange(1 - frames, frames, device="cpu")
+    buckets = attention._relative_positions_bucket(distances, bidirectional=True)
+    device = attention.rel_attn_embed.weight.device
+    values = attention.rel_attn_embed(on_device(buckets, device)) # (2 * frames - 1, heads)
+    windows = values.T.unfold(1, frames, 1)                       # row k: the distances from k + 1 - frames
+    return windows.flip(1).expand(clips, -1, -1, -1)
 
 # %% ../nbs/api/06_backbones.ipynb #bac00042
 class SpeechTransformer(LayeredBackbone):
@@ -1104,10 +1138,9 @@ class SpeechTransformer(LayeredBackbone):
         if self.normalized:
             x = unit_variance(x.float(), lengths, eps=1e-5)
         features, counts = self._features(x.to(self.dtype), lengths)
-        padded = ~valid_frames(counts, features.shape[1])
         h = self.model.encoder.feature_projection(features)
-        h = h.masked_fill(padded[..., None], 0.)
-        return self.run_transformer(h, padded), counts
+        h = silence_padding(h[:, None], counts)[:, 0]
+        return self.run_transformer(h, counts), counts
 
 # %% ../nbs/api/06_backbones.ipynb #bac00042a
 @patch
@@ -1125,6 +1158,9 @@ def _run_layers(self: SpeechTransformer, h, masks):
     """Input and outputs of the transformer layers, those skipped left out."""
     hidden = [h]
     position_bias = None
+    attention = self.blocks[0].attention
+    if getattr(attention, "rel_attn_embed", None) is not None:
+        position_bias = _position_bias(attention, *h.shape[:2])
     for index, layer in enumerate(self.blocks):
         may_skip = index > 0 and self.training and self.layer_drop > 0
         if may_skip and torch.rand(()) < self.layer_drop:
@@ -1135,14 +1171,14 @@ def _run_layers(self: SpeechTransformer, h, masks):
 
 # %% ../nbs/api/06_backbones.ipynb #bac00042b
 @patch
-def run_transformer(self: SpeechTransformer, h, padded):
-    """Run the transformer over features (B, F, D) of which `padded` (B, F) are not real."""
+def run_transformer(self: SpeechTransformer, h, counts):
+    """Run the transformer over features (B, F, D) of which `counts` (B,) are real."""
     transformer = self.model.encoder.transformer
     h = h + transformer.pos_conv_embed(h)
     if transformer.layer_norm_first:
         h = transformer.layer_norm(h)
     h = transformer.dropout(h)
-    hidden = self._run_layers(h, _attention_masks(transformer, padded))
+    hidden = self._run_layers(h, _attention_masks(transformer, counts, h))
     if self.mixture is not None:
         return self.mix(hidden)
     last = hidden[-1]
@@ -1259,12 +1295,12 @@ def encode(self: Whisper, x, lengths):
     windows = -(-x.shape[1] // WHISPER_SPAN)
     x = F.pad(x, (0, windows * WHISPER_SPAN - x.shape[1]))
     parts = x.reshape(-1, WHISPER_SPAN)                           # (B * windows, 30 s)
-    starts = WHISPER_SPAN * torch.arange(windows, device=x.device)
+    starts = WHISPER_SPAN * torch.arange(windows, device=lengths.device)
     remaining = (lengths[:, None] - starts).clamp(0, WHISPER_SPAN).flatten()
-    real = remaining > 0
-    computed, _ = self.encode_window(parts[real], remaining[real])
+    real = remaining.nonzero()[:, 0]
+    computed, _ = self.encode_window(_take_rows(parts, real), remaining[real])
     h = computed.new_zeros(len(parts), WHISPER_POSITIONS, self.dim)
-    h[real] = computed
+    h = h.index_copy(0, on_device(real, x.device), computed)
     h = h.reshape(len(x), windows * WHISPER_POSITIONS, self.dim)
     return h, whisper_vectors(lengths)
 
@@ -1298,6 +1334,12 @@ class HuggingFace(LayeredBackbone):
         Prepares the input of the model.
     layer : int, "learned" or None
         Layer to pool over.
+
+    Attributes
+    ----------
+    features : nn.Module or None
+        Computes the input of the model for a batch, see `act.encoders.batched_features`; without it, the
+        extractor does, on the CPU, clip by clip.
     """
     lr = 3e-5
     batch = 32
@@ -1306,6 +1348,7 @@ class HuggingFace(LayeredBackbone):
         super().__init__()
         self.model = model
         self.extractor = extractor
+        self.features = batched_features(extractor)
         self.sample_rate = extractor.sampling_rate
         self.dim = self.width(model.config)
         self.choose_layer(self.blocks, layer)
@@ -1337,6 +1380,9 @@ class HuggingFace(LayeredBackbone):
         h, _ = _unpacked(output)
         return h
 
+    def extra_repr(self):
+        return "features on the CPU, clip by clip" if self.features is None else ""
+
     def save_assets(self, folder):
         """Write the configurations of the model and of its feature extractor."""
         self.model.config.save_pretrained(folder)
@@ -1344,8 +1390,8 @@ class HuggingFace(LayeredBackbone):
 
 # %% ../nbs/api/06_backbones.ipynb #bac00051a
 @patch
-def extract(self: HuggingFace, x, lengths, **options):
-    """Input of the model for each clip, stacked.
+def extract(self: HuggingFace, x, lengths):
+    """Input of the model for a batch of clips.
 
     Parameters
     ----------
@@ -1353,20 +1399,30 @@ def extract(self: HuggingFace, x, lengths, **options):
         Waveforms.
     lengths : LongTensor (B,)
         Samples of each.
-    **options
-        Of the feature extractor.
 
     Returns
     -------
-    BatchFeature
-        On the device of `x`.
+    dict of str to Tensor
+        On the device of `x`; floats in the type of the parameters.
     """
+    compute = self.features or self._extract_clips
+    with torch.no_grad(), without_autocast(x):
+        inputs = compute(x.detach().float(), lengths)
+    for name, values in inputs.items():
+        if values.is_floating_point():
+            inputs[name] = values.to(self.dtype)
+    return inputs
+
+# %% ../nbs/api/06_backbones.ipynb #bac00051a2
+@patch
+def _extract_clips(self: HuggingFace, x, lengths):
+    """`extract` by the feature extractor of the model, which takes one clip at a time, on the CPU."""
     clips = []
-    for clip, samples in zip(x.detach().float(), lengths.tolist()):
-        clips.append(clip[:samples].cpu().numpy())
-    with torch.autocast("cpu", enabled=False):
-        features = self.extractor(clips, sampling_rate=self.sample_rate, return_tensors="pt", **options)
-    return features.to(x.device, self.dtype)
+    for clip, samples in zip(x.cpu(), lengths.tolist()):
+        clips.append(clip[:samples].numpy())
+    with without_autocast(torch.empty(0, device="cpu")):
+        inputs = self.extractor(clips, sampling_rate=self.sample_rate, return_tensors="pt")
+    return dict(inputs.to(x.device))
 
 # %% ../nbs/api/06_backbones.ipynb #bac00051c
 class _PaddedFrames:
@@ -1394,6 +1450,7 @@ class HFWaveform(HuggingFace):
 
     def __init__(self, model, extractor, layer=None):
         super().__init__(model, extractor, layer)
+        self.features = nn.Identity()                             # waveforms are normalised by encode_padded
         config = model.config
         config.layerdrop = 0.
         config.apply_spec_augment = False
@@ -1420,10 +1477,10 @@ def encode_padded(self: HFWaveform, x, lengths):
     first = (lengths - config.conv_kernel[0]) // config.conv_stride[0] + 1
     _set_counts(self.model.feature_extractor, first)
     frames = _convolved(lengths, config)
-    padded = not x.is_meta and bool((lengths < x.shape[1]).any())
+    padded = is_padded(lengths, x.shape[1])
     self.padding.counts = frames if padded else None
     self.padding.frames = _convolved(x.shape[1], config)
-    mask = valid_frames(lengths, x.shape[1]).long()
+    mask = valid_frames(lengths, x.shape[1], x.device).long() if padded else None
     h = self.hidden(x.to(self.dtype), attention_mask=mask)
     counts = self.model._get_feat_extract_output_lengths(lengths)
     return h, counts.clamp(max=h.shape[1])
@@ -1480,7 +1537,7 @@ class HFSpectrogramTransformer(HFFixedSpan):
         return frames * self.sample_rate // 100                   # a frame every 10 ms
 
     def encode(self, x, lengths):
-        spectrograms = self.extract(x, lengths).input_values
+        spectrograms = self.extract(x, lengths)["input_values"]
         h = self.hidden(spectrograms)
         return h[:, :2], torch.full_like(lengths, 2)
 
@@ -1496,7 +1553,7 @@ class HFWhisper(HFFixedSpan):
         return self.extractor.n_samples
 
     def encode(self, x, lengths):
-        spectrograms = self.extract(x, lengths).input_features
+        spectrograms = self.extract(x, lengths)["input_features"]
         h = self.hidden(spectrograms)
         step = 2 * self.extractor.hop_length                      # samples from one vector to the next
         counts = (lengths + step - 1) // step

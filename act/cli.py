@@ -84,6 +84,20 @@ def main():
         if end.code != INTERRUPTED: raise
         _exit("interrupted", INTERRUPTED)
 
+# %% ../nbs/api/20_cli.ipynb #cli00041v1
+def _print_version(wanted):
+    """Print the version of act and end, if asked to."""
+    if wanted:
+        import act
+        typer.echo(f"act {act.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True,
+                                          help="Print the version and end.")):
+    pass
+
 # %% ../nbs/api/20_cli.ipynb #cli00020
 @app.command()
 def reproduce(profile: str = typer.Option("quick", help="quick, small, full, or a YAML file."),
@@ -978,21 +992,59 @@ def _result(name):
         ok, description, remedy = False, "", f"{type(error).__name__}: {error}"
     return dict(check=name, ok=bool(ok), found=description, remedy="" if ok else remedy)
 
+# %% ../nbs/api/20_cli.ipynb #cli00053b1
+def _online_rows(profile, timeout):
+    """Rows of the report about the addresses of the manifest."""
+    from act.manifest import FAILING_STATES, check_online, names_of
+    names = names_of(profile) if profile else None
+    checks = check_online(names, timeout)
+    rows = []
+    for check in checks:
+        if check.state != "ok":
+            rows.append(dict(check=f"{check.entry}, {check.url}", ok=check.state not in FAILING_STATES,
+                             found=": ".join(filter(None, (check.state, check.detail))), remedy="",
+                             state=check.state))
+    return [*rows, _online_summary([check.state for check in checks])]
+
+
+def _online_summary(states):
+    """The last row: how many addresses there are of each state."""
+    from act.manifest import FAILING_STATES, ONLINE_STATES
+    counts = [f"{states.count(state)} {state}" for state in ONLINE_STATES if state in states]
+    failing = sum(state in FAILING_STATES for state in states)
+    silent = bool(states) and all(state == "slow" for state in states)
+    remedy = f"{failing} of {len(states)} addresses fail: correct the manifest, or take the files from a mirror"
+    if silent:
+        remedy = "no server answered in time: check the network, or give more time by --timeout"
+    return dict(check="addresses", ok=not failing and not silent,
+                found=f"{len(states)} asked: {', '.join(counts)}", remedy=remedy if failing or silent else "")
+
 # %% ../nbs/api/20_cli.ipynb #cli00053a1
 @app.command()
-def doctor(as_json: bool = AsJson):
-    """Check Python, torch, GPU, cache, disk, mirror, manifest and number of jobs, with the remedies."""
+def doctor(online: bool = typer.Option(False, help="Also ask every address of the manifest whether its file is there."),
+           profile: Optional[str] = typer.Option(None, help="With --online: only what quick, small or full needs."),
+           timeout: float = typer.Option(20, min=0.1, help="With --online: seconds to wait for an answer."),
+           as_json: bool = AsJson):
+    """Check Python, torch, GPU, cache, disk, mirror, manifest and number of jobs, with the remedies.
+
+    Example: act doctor --online --profile full
+    """
+    if profile and not online:
+        raise ActError("--profile chooses the addresses that --online asks: give both")
     rows = [_result(name) for name in DOCTOR_CHECKS]
+    if online:
+        rows += _online_rows(profile, timeout)
     if as_json:
         typer.echo(json.dumps(rows))
     else:
         _print_checks(rows)
-    remedies = [row["remedy"] for row in rows if not row["ok"]]
+    remedies = [row["remedy"] for row in rows if row["remedy"]]
     if remedies: raise ActError("; ".join(remedies))
 
 
 def _print_checks(rows):
     for row in rows:
-        state = "ok  " if row["ok"] else "FAIL"
+        passed = "note" if "state" in row else "ok  "
+        state = passed if row["ok"] else "FAIL"
         parts = [part for part in (row["found"], row["remedy"]) if part]
         typer.echo(f"{state} {row['check']}: {'; '.join(parts)}")

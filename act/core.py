@@ -646,7 +646,10 @@ def code_of(*parts):
     return dict(sorted(code.parts.items()))
 
 # %% ../nbs/api/00_core.ipynb #cor00034
-_DISPLAYED = {"training", "trainable", "options", "name", "name_or_path", "source", "licence"}    # do not compute
+_DISPLAYED = {                      # attributes that do not compute
+    "training", "trainable", "options", "name", "name_or_path", "source", "licence",
+    "_weight_conversions", "_use_kernels",      # what the library transformers notes when it loads weights
+}
 
 
 @functools.lru_cache(maxsize=1)

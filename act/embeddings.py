@@ -18,7 +18,6 @@ import warnings
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from numbers import Integral, Real
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -500,7 +499,7 @@ def warn_of_long_clips(backbone, lengths, max_samples, device):
     longest = int(np.max(lengths))
     cost = float(clip_costs(backbone, [longest], max_samples)[0])
     bytes_per_sample = _batch_bytes(device) / max_samples
-    needed, free = cost * bytes_per_sample, _free_bytes(device)
+    needed, free = cost * bytes_per_sample, free_bytes(device)
     if needed <= free:
         return
     seconds = _seconds_that_fit(backbone, max_samples)

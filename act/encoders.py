@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['SPEECH_WINDOW', 'SPEECH_STRIDE', 'SPEECH_STAGES', 'AISFX_WINDOW', 'AISFX_HOP', 'AISFX_PEAK', 'GE2E_WINDOW',
-           'GE2E_HOP', 'GE2E_LOUDNESS', 'WHISPER_STEP', 'WHISPER_POSITIONS', 'WHISPER_SPAN', 'valid_frames',
-           'silence_padding', 'MelSpectrogram', 'slaney_filters', 'speech_network', 'speech_mel', 'speech_decibels',
-           'read_speech_network', 'warped_filters', 'aisfx_mel', 'aisfx_network', 'read_aisfx_network', 'ge2e_mel',
-           'GE2ENetwork', 'read_ge2e_network', 'ge2e_windows', 'read_tensorflow_checkpoint', 'musicnn_mel', 'MusicVGG',
-           'MusiCNN', 'MusiCNNBackend', 'load_musicnn', 'read_music_vgg', 'read_musicnn', 'MaskedGroupNorm',
-           'unit_variance', 'whisper_mel', 'whisper_vectors', 'whisper_log_mel', 'sinusoids', 'WhisperLayer',
-           'WhisperNetwork', 'read_ctranslate2', 'read_whisper_network']
+           'GE2E_HOP', 'GE2E_LOUDNESS', 'WHISPER_STEP', 'WHISPER_POSITIONS', 'WHISPER_SPAN', 'on_device', 'is_padded',
+           'valid_frames', 'silence_padding', 'without_autocast', 'MelSpectrogram', 'slaney_filters', 'speech_network',
+           'speech_mel', 'speech_decibels', 'read_speech_network', 'warped_filters', 'aisfx_mel', 'aisfx_network',
+           'read_aisfx_network', 'ge2e_mel', 'GE2ENetwork', 'read_ge2e_network', 'ge2e_windows',
+           'read_tensorflow_checkpoint', 'musicnn_mel', 'MusicVGG', 'MusiCNN', 'MusiCNNBackend', 'load_musicnn',
+           'read_music_vgg', 'read_musicnn', 'MaskedGroupNorm', 'unit_variance', 'whisper_mel', 'whisper_vectors',
+           'whisper_scale', 'whisper_log_mel', 'sinusoids', 'WhisperLayer', 'WhisperNetwork', 'read_ctranslate2',
+           'read_whisper_network', 'KaldiFilterBank', 'kaldi_filter_bank', 'ASTFeatures', 'WhisperFeatures',
+           'repeat_clips', 'ClapFeatures', 'SeamlessFeatures', 'WaveformFeatures', 'batched_features']
 
 # %% ../nbs/api/05_encoders.ipynb #enc00003
 import math
@@ -22,12 +24,28 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torchaudio.compliance.kaldi import get_mel_banks
 from torchaudio.functional import melscale_fbanks
 
 from .core import import_extra
 
+# %% ../nbs/api/05_encoders.ipynb #enc00005e
+def on_device(values, device):
+    """Move a small tensor to a device; a transfer from the CPU to a GPU does not wait for the GPU."""
+    device = torch.device(device)
+    may_overlap = values.device.type == "cpu" and device.type != "mps"
+    return values.to(device, non_blocking=may_overlap)
+
+
+def is_padded(counts, frames):
+    """Whether a clip of a batch may have fewer real frames than `frames`; counts that are not on the CPU are
+    not looked at."""
+    if counts.device.type != "cpu":
+        return True
+    return bool((counts < frames).any())
+
 # %% ../nbs/api/05_encoders.ipynb #enc00005a
-def valid_frames(counts, frames):
+def valid_frames(counts, frames, device=None):
     """Which frames of a padded batch are real.
 
     Parameters
@@ -36,24 +54,48 @@ def valid_frames(counts, frames):
         Real frames per clip.
     frames : int
         Frames after padding.
+    device : torch.device, optional
+        Where the mask is needed; by default where the counts are.
 
     Returns
     -------
     BoolTensor (B, frames)
     """
+    counts = on_device(counts, device or counts.device)
     positions = torch.arange(frames, device=counts.device)
     return positions < counts[:, None]
 
 # %% ../nbs/api/05_encoders.ipynb #enc00005b
 def silence_padding(h, counts):
     """Set the frames beyond each clip's end to zero: (B, C, F, ...) with counts (B,)."""
-    padding = ~valid_frames(counts, h.shape[2])                   # (B, F)
+    frames = h.shape[2]
+    if not is_padded(counts, frames):
+        return h
+    padding = ~valid_frames(counts, frames, h.device)             # (B, F)
     later_axes = [1] * (h.ndim - 3)
     padding = padding.view(len(h), 1, -1, *later_axes)
     return h.masked_fill(padding, 0.)
 
+# %% ../nbs/api/05_encoders.ipynb #enc00005g
+def without_autocast(x):
+    """A context in which autocast changes nothing on the device of `x`: spectrograms need float32."""
+    kind = "cpu" if x.is_meta else x.device.type
+    return torch.autocast(kind, enabled=False)
+
+# %% ../nbs/api/05_encoders.ipynb #enc00006a
+class _FixedBuffers(nn.Module):
+    """A module whose buffers keep their precision when the network is converted to another."""
+    def _apply(self, fn, recurse=True):
+        """Move the buffers to another device only."""
+        buffers = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, buffer in buffers.items():
+            device = getattr(self, name).device
+            setattr(self, name, buffer.to(device))
+        return self
+
 # %% ../nbs/api/05_encoders.ipynb #enc00006
-class MelSpectrogram(nn.Module):
+class MelSpectrogram(_FixedBuffers):
     """Mel power spectrogram of a batch of waveforms.
 
     Parameters
@@ -65,12 +107,15 @@ class MelSpectrogram(nn.Module):
     hop : int
         Samples from one frame to the next.
     centered : bool
-        Whether frame t is centred on sample t * hop, with zeros beyond the ends, instead of starting there.
+        Whether frame t is centred on sample t * hop instead of starting there.
+    pad_mode : "constant" or "reflect"
+        What centred frames see beyond the ends: zeros, or the mirrored waveform.
     """
-    def __init__(self, window, filters, hop, centered=False):
+    def __init__(self, window, filters, hop, centered=False, pad_mode="constant"):
         super().__init__()
         self.hop = hop
         self.centered = centered
+        self.pad_mode = pad_mode
         self.register_buffer("window", window, persistent=False)
         self.register_buffer("filters", filters, persistent=False)
 
@@ -82,27 +127,18 @@ class MelSpectrogram(nn.Module):
 
     def forward(self, x):
         """Waveforms (B, T) -> mel powers (B, F, M), in float32."""
-        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
+        with without_autocast(x):
             spectrum = torch.stft(
                 x.float(),
                 n_fft=len(self.window),
                 hop_length=self.hop,
                 window=self.window,
                 center=self.centered,
-                pad_mode="constant",
+                pad_mode=self.pad_mode,
                 return_complex=True,
             )                                                     # (B, N // 2 + 1, F)
             power = spectrum.real.square() + spectrum.imag.square()
             return power.transpose(1, 2) @ self.filters
-
-    def _apply(self, fn, recurse=True):
-        """Move the buffers to another device, but keep their precision."""
-        buffers = dict(self.named_buffers())
-        super()._apply(fn, recurse)
-        for name, buffer in buffers.items():
-            device = getattr(self, name).device
-            setattr(self, name, buffer.to(device))
-        return self
 
 # %% ../nbs/api/05_encoders.ipynb #enc00007
 def slaney_filters(sample_rate, n_fft, bands, low=0., high=None):
@@ -244,9 +280,9 @@ def speech_decibels(power, counts):
     """
     power = power * 32768 ** 2                              # of 16-bit samples
     decibels = 10 * power.clamp(min=1e-10).log10()
-    padding = ~valid_frames(counts, power.shape[1])         # (B, F)
+    padding = ~valid_frames(counts, power.shape[1], power.device)
     real = decibels.masked_fill(padding[..., None], -100.)
-    peak = real.amax((1, 2), keepdim=True)
+    peak = real.amax((1, 2), keepdim=True)                  # (B, 1, 1)
     floored = torch.maximum(decibels, peak - 80)
     return floored / 10 + 2
 
@@ -424,10 +460,11 @@ class GE2ENetwork(nn.Module):
 
     def forward(self, mels, counts):
         """Windows (B, F, 40) with `counts` (B,) real frames -> unit vectors (B, 256)."""
-        with torch.autocast("cpu" if mels.is_meta else mels.device.type, enabled=False):
+        with without_autocast(mels):
             states, _ = self.lstm(mels)      # few CPUs have an LSTM in bfloat16
         clips = torch.arange(len(mels), device=mels.device)
-        last = states[clips, counts - 1]
+        ends = on_device(counts - 1, mels.device)
+        last = states[clips, ends]
         projected = self.linear(last).relu()
         return F.normalize(projected, dim=1)
 
@@ -749,7 +786,7 @@ class MaskedGroupNorm(nn.GroupNorm):
         return masked
 
     def forward(self, x):
-        n = self.counts[:, None, None]
+        n = on_device(self.counts, x.device)[:, None, None]
         real = silence_padding(x.float(), self.counts)
         mean = real.sum(2, keepdim=True) / n
         deviation = silence_padding(real - mean, self.counts)
@@ -767,7 +804,7 @@ def unit_variance(x, lengths, eps):
     Parameters
     ----------
     x : Tensor (B, T)
-        Waveforms.
+        Waveforms, zero beyond each clip's end.
     lengths : LongTensor (B,)
         Real samples of each; the others become zero.
     eps : float
@@ -777,10 +814,9 @@ def unit_variance(x, lengths, eps):
     -------
     Tensor (B, T)
     """
-    n = lengths[:, None]
+    n = on_device(lengths, x.device)[:, None]
     mean = x.sum(1, keepdim=True) / n
-    padding = ~valid_frames(lengths, x.shape[1])
-    centred = (x - mean).masked_fill(padding, 0.)
+    centred = silence_padding((x - mean)[:, None], lengths)[:, 0]
     variance = centred.square().sum(1, keepdim=True) / n
     scale = (variance + eps).rsqrt()
     return centred * scale
@@ -801,6 +837,13 @@ def whisper_mel():
 def whisper_vectors(lengths):
     """Vectors of Whisper for clips of so many samples: (B,) -> (B,)."""
     return (lengths + WHISPER_STEP - 1) // WHISPER_STEP
+
+# %% ../nbs/api/05_encoders.ipynb #enc00063b
+def whisper_scale(power):
+    """Mel power (B, F, M) on the scale of Whisper's network, at most 8 decades below a clip's maximum."""
+    decades = power.clamp(min=1e-10).log10()
+    loudest = decades.amax((1, 2), keepdim=True)
+    return (torch.maximum(decades, loudest - 8) + 4) / 4
 
 # %% ../nbs/api/05_encoders.ipynb #enc00063
 def whisper_log_mel(mel, x):
@@ -825,9 +868,7 @@ def whisper_log_mel(mel, x):
     samples = len(mel.window) + (frames - 1) * mel.hop
     silence = samples - half - x.shape[1]
     padded = F.pad(torch.cat([reflected, x], 1), (0, silence))
-    decades = mel(padded).clamp(min=1e-10).log10()
-    loudest = decades.amax((1, 2), keepdim=True)
-    return (torch.maximum(decades, loudest - 8) + 4) / 4
+    return whisper_scale(mel(padded))
 
 # %% ../nbs/api/05_encoders.ipynb #enc00066
 def sinusoids(positions, width):
@@ -889,10 +930,11 @@ class WhisperNetwork(nn.Module):
 
     def forward(self, h, counts):
         """Inputs (B, V, D), of which `counts` (B,) are real -> input and output of every layer, a list."""
-        real = valid_frames(counts, h.shape[1])
+        vectors = h.shape[1]
         mask = None                                               # without one attention is faster
-        if not real.is_meta and not real.all():
-            mask = real[:, None, None].expand(-1, 1, h.shape[1], -1)
+        if is_padded(counts, vectors):
+            real = valid_frames(counts, vectors, h.device)
+            mask = real[:, None, None].expand(-1, 1, vectors, -1)
         hidden = [h]
         for block in self.blocks:
             hidden.append(block(hidden[-1], mask))
@@ -1041,3 +1083,255 @@ def read_whisper_network(path):
                                  f"it has no {variable} of shape {tuple(parameter.shape)}")
             parameter.data.copy_(torch.tensor(values))
     return net
+
+# %% ../nbs/api/05_encoders.ipynb #enc00201
+class KaldiFilterBank(_FixedBuffers):
+    """Logarithms of mel power as Kaldi computes them, of frames that lie wholly within a clip.
+
+    Parameters
+    ----------
+    window : Tensor (N,)
+        Analysis window.
+    filters : Tensor (n_fft // 2 + 1, M)
+        Weight of each frequency bin in each mel band; n_fft is at least N.
+    hop : int
+        Samples from one frame to the next.
+    """
+    EMPHASIS = .97
+    FLOOR = torch.finfo(torch.float32).eps
+
+    def __init__(self, window, filters, hop):
+        super().__init__()
+        self.hop = hop
+        self.register_buffer("window", window, persistent=False)
+        self.register_buffer("filters", filters, persistent=False)
+
+    def counts(self, lengths):
+        """Frames of clips with `lengths` samples."""
+        return 1 + (lengths - len(self.window)) // self.hop
+
+    def forward(self, x):
+        """Waveforms (B, T) -> log-mel (B, F, M), in float32."""
+        with without_autocast(x):
+            frames = x.float().unfold(1, len(self.window), self.hop)
+            frames = frames - frames.mean(2, keepdim=True)        # (B, F, N)
+            previous = torch.cat([frames[..., :1], frames[..., :-1]], 2)
+            emphasised = frames - self.EMPHASIS * previous
+            n_fft = 2 * (len(self.filters) - 1)
+            spectrum = torch.fft.rfft(emphasised * self.window, n=n_fft)
+            power = spectrum.real.square() + spectrum.imag.square()
+            return (power @ self.filters).clamp(min=self.FLOOR).log()
+
+# %% ../nbs/api/05_encoders.ipynb #enc00203
+def kaldi_filter_bank(sample_rate, bands):
+    """The filter bank of `torchaudio.compliance.kaldi.fbank` with a Hann window of 25 ms, every 10 ms.
+
+    Parameters
+    ----------
+    sample_rate : int
+        Hz.
+    bands : int
+        Number of filters, from 20 Hz to half the sampling rate.
+
+    Returns
+    -------
+    KaldiFilterBank
+    """
+    samples = int(sample_rate * .025)
+    n_fft = 2 ** math.ceil(math.log2(samples))
+    triangles, _ = get_mel_banks(
+        num_bins=bands,
+        window_length_padded=n_fft,
+        sample_freq=float(sample_rate),
+        low_freq=20.,
+        high_freq=0.,
+        vtln_low=100.,
+        vtln_high=-500.,
+        vtln_warp_factor=1.,
+    )                                                             # (bands, n_fft / 2)
+    filters = F.pad(triangles, (0, 1)).T.contiguous()
+    window = torch.hann_window(samples, periodic=False)
+    return KaldiFilterBank(window, filters, hop=int(sample_rate * .01))
+
+# %% ../nbs/api/05_encoders.ipynb #enc00206
+class ASTFeatures(nn.Module):
+    """The input of AST, as `ASTFeatureExtractor` computes it."""
+    def __init__(self, extractor):
+        super().__init__()
+        self.mel = kaldi_filter_bank(extractor.sampling_rate, extractor.num_mel_bins)
+        self.frames = extractor.max_length
+        self.mean, self.scale = 0., 1.
+        if extractor.do_normalize:
+            self.mean = extractor.mean
+            self.scale = 2 * extractor.std
+
+    def forward(self, x, lengths):
+        """Waveforms (B, T) and lengths (B,) -> dict of the inputs of the model."""
+        samples = len(self.mel.window) + (self.frames - 1) * self.mel.hop
+        mels = self.mel(x[:, :samples])                           # (B, F, M)
+        mels = silence_padding(mels[:, None], self.mel.counts(lengths))[:, 0]
+        missing = self.frames - mels.shape[1]
+        mels = F.pad(mels, (0, 0, 0, missing))
+        return {"input_values": (mels - self.mean) / self.scale}
+
+# %% ../nbs/api/05_encoders.ipynb #enc00208
+class WhisperFeatures(nn.Module):
+    """The input of Whisper over its whole span, as `WhisperFeatureExtractor` computes it."""
+    def __init__(self, extractor):
+        super().__init__()
+        self.samples = extractor.n_samples
+        self.mel = MelSpectrogram(
+            window=torch.hann_window(extractor.n_fft),
+            filters=torch.tensor(extractor.mel_filters, dtype=torch.float32),
+            hop=extractor.hop_length,
+            centered=True,
+            pad_mode="reflect",
+        )
+
+    def forward(self, x, lengths):
+        """Waveforms (B, T) and lengths (B,) -> dict of the inputs of the model."""
+        x = x[:, :self.samples]
+        x = F.pad(x, (0, self.samples - x.shape[1]))
+        power = self.mel(x)[:, :-1]                               # the last frame is left out
+        mels = whisper_scale(power)
+        return {"input_features": mels.transpose(1, 2)}
+
+# %% ../nbs/api/05_encoders.ipynb #enc00210
+def repeat_clips(x, lengths, samples, padding):
+    """Fill a span with each clip.
+
+    Parameters
+    ----------
+    x : Tensor (B, T)
+        Waveforms, zero beyond each clip's end.
+    lengths : LongTensor (B,)
+        Samples of each, at most `samples`.
+    samples : int
+        The span.
+    padding : "repeatpad", "repeat" or "pad"
+        Repeat whole clips only, repeat up to the end of the span, or do not repeat.
+
+    Returns
+    -------
+    Tensor (B, samples)
+    """
+    if padding == "pad" or not is_padded(lengths, samples):
+        return F.pad(x, (0, samples - x.shape[1]))
+    n = on_device(lengths, x.device)[:, None]
+    positions = torch.arange(samples, device=x.device)
+    repeated = x.gather(1, positions % n)
+    if padding == "repeat":
+        return repeated
+    end_of_last = samples // n * n
+    return repeated.masked_fill(positions >= end_of_last, 0.)
+
+# %% ../nbs/api/05_encoders.ipynb #enc00213
+class ClapFeatures(nn.Module):
+    """The input of CLAP for clips of at most its span, as `ClapFeatureExtractor` computes it."""
+    def __init__(self, extractor):
+        super().__init__()
+        fused = extractor.truncation == "fusion"
+        filters = extractor.mel_filters if fused else extractor.mel_filters_slaney
+        self.copies = 4 if fused else 1
+        self.samples = extractor.nb_max_samples
+        self.padding = extractor.padding
+        self.mel = MelSpectrogram(
+            window=torch.hann_window(extractor.fft_window_size),
+            filters=torch.tensor(filters, dtype=torch.float32),
+            hop=extractor.hop_length,
+            centered=True,
+            pad_mode="reflect",
+        )
+
+    def forward(self, x, lengths):
+        """Waveforms (B, T) and lengths (B,) -> dict of the inputs of the model."""
+        x = repeat_clips(x[:, :self.samples], lengths, self.samples, self.padding)
+        decibels = 10 * self.mel(x).clamp(min=1e-10).log10()
+        mels = decibels[:, None].expand(-1, self.copies, -1, -1)  # (B, copies, F, M)
+        longer = torch.zeros(len(x), 1, dtype=torch.bool, device=x.device)
+        return {"input_features": mels, "is_longer": longer}
+
+# %% ../nbs/api/05_encoders.ipynb #enc00215
+class SeamlessFeatures(nn.Module):
+    """The input of wav2vec2-BERT for clips of equal length, as `SeamlessM4TFeatureExtractor` computes it."""
+    def __init__(self, extractor):
+        super().__init__()
+        window = torch.tensor(extractor.window, dtype=torch.float32)
+        filters = torch.tensor(extractor.mel_filters, dtype=torch.float32)
+        self.mel = KaldiFilterBank(window, filters, hop=160)
+
+    def forward(self, x, lengths):
+        """Waveforms (B, T) and lengths (B,) -> dict of the inputs of the model."""
+        mels = self.mel(x * 32768)                                # of 16-bit samples
+        variance, mean = torch.var_mean(mels, 1, keepdim=True)
+        mels = (mels - mean) / (variance + 1e-7).sqrt()
+        odd = mels.shape[1] % 2
+        mels = F.pad(mels, (0, 0, 0, odd))                        # (B, F, M) with an even F
+        stacked = mels.unflatten(1, (-1, 2)).flatten(2)           # (B, F / 2, 2 * M)
+        inputs = {"input_features": stacked}
+        if odd:
+            whole = self.mel.counts(lengths) // 2
+            inputs["attention_mask"] = valid_frames(whole, stacked.shape[1], x.device).long()
+        return inputs
+
+# %% ../nbs/api/05_encoders.ipynb #enc00217
+class WaveformFeatures(nn.Module):
+    """Waveforms, normalised or not, as `Wav2Vec2FeatureExtractor` gives them for clips of equal length."""
+    def __init__(self, extractor):
+        super().__init__()
+        self.normalized = extractor.do_normalize
+
+    def forward(self, x, lengths):
+        """Waveforms (B, T) and lengths (B,) -> dict of the inputs of the model."""
+        if self.normalized:
+            x = unit_variance(x.float(), lengths, eps=1e-7)
+        return {"input_values": x}
+
+# %% ../nbs/api/05_encoders.ipynb #enc00219
+_FEATURES = {
+    "ASTFeatureExtractor": ASTFeatures,
+    "WhisperFeatureExtractor": WhisperFeatures,
+    "ClapFeatureExtractor": ClapFeatures,
+    "SeamlessM4TFeatureExtractor": SeamlessFeatures,
+    "Wav2Vec2FeatureExtractor": WaveformFeatures,
+}
+
+
+def _same_features(module, extractor, tolerance=1e-3):
+    """Whether a module gives for a third of a second of noise what the extractor gives."""
+    samples = round(.313 * extractor.sampling_rate)
+    generator = torch.Generator().manual_seed(0)
+    x = .1 * torch.randn(1, samples, generator=generator)
+    ours = module(x, torch.tensor([samples]))
+    theirs = extractor(x[0].numpy(), sampling_rate=extractor.sampling_rate, return_tensors="pt")
+    name = next(iter(ours))
+    if name not in theirs or theirs[name].shape != ours[name].shape:
+        return False
+    difference = (theirs[name] - ours[name]).abs().max()
+    return bool(difference <= tolerance * theirs[name].abs().max())
+
+# %% ../nbs/api/05_encoders.ipynb #enc00220
+@torch.no_grad()
+def batched_features(extractor):
+    """The module that computes what a feature extractor of the library transformers computes.
+
+    Parameters
+    ----------
+    extractor : transformers feature extractor
+
+    Returns
+    -------
+    nn.Module or None
+        ``module(x, lengths)`` gives for waveforms (B, T), zero beyond each clip's end, a dict of the inputs
+        of the model, on the device of x. None where no module on this page gives the same as the extractor.
+    """
+    build = _FEATURES.get(type(extractor).__name__)
+    if build is None:
+        return None
+    with torch.device("cpu"), without_autocast(torch.empty(0, device="cpu")):
+        try:
+            module = build(extractor)
+            same = _same_features(module, extractor)
+        except (AttributeError, RuntimeError, TypeError, ValueError):     # of another version of the library
+            return None
+    return module if same else None

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'REQUIRED_FIELDS', 'MANIFESTS', 'LISTING', 'LOCK', 'COPY_BYTES', 'BLOWUP', 'DAMAGED', 'RETRIES',
-           'TIMEOUTS', 'WRITE_BYTES', 'BROKEN_CONNECTION', 'PIP_DOWNLOAD', 'PROFILES', 'ManifestError', 'FetchError',
-           'Unavailable', 'RegisteredManifest', 'register_manifest', 'load_manifest', 'manifest_entry', 'integrity',
-           'checksum', 'fetch', 'weight_file', 'entry_file_digest', 'names_of', 'list_entries', 'verify', 'fetch_many']
+           'TIMEOUTS', 'WRITE_BYTES', 'BROKEN_CONNECTION', 'PIP_DOWNLOAD', 'PROFILES', 'ONLINE_STATES',
+           'FAILING_STATES', 'PYPI', 'ManifestError', 'FetchError', 'Unavailable', 'RegisteredManifest',
+           'register_manifest', 'load_manifest', 'manifest_entry', 'integrity', 'checksum', 'fetch', 'weight_file',
+           'entry_file_digest', 'names_of', 'list_entries', 'verify', 'fetch_many', 'OnlineCheck', 'check_online']
 
 # %% ../nbs/api/01_manifest.ipynb #man00003
 import bisect
@@ -24,12 +25,15 @@ import stat
 import subprocess
 import sys
 import tarfile
+import threading
 import zipfile
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
+from urllib.parse import unquote, urlsplit
 
 import act
 import filelock
@@ -1189,3 +1193,186 @@ def fetch_many(names, dry_run=False, verify=False):
     action = _fetch_and_verify if verify else fetch
     outcomes = [_outcome(name, action) for name in names]
     return table.assign(state=outcomes)
+
+# %% ../nbs/api/01_manifest.ipynb #man00081
+ONLINE_STATES = {
+    "gone": "the server has no such file, or answers with a web page",
+    "resized": "the file does not have the size that the manifest states",
+    "unreachable": "no connection to the server",
+    "refused": "the server answers with another error",
+    "slow": "no answer in time",
+    "moved": "a permanent redirect, or one to a file of another name",
+    "no size": "the server does not say how large the file is",
+    "ok": "the file is there",
+}
+FAILING_STATES = "gone", "resized", "unreachable"
+
+
+class OnlineCheck(NamedTuple):
+    """What the server of one address of the manifest answers."""
+    entry: str       # name in the manifest
+    file: str        # the archive
+    url: str
+    state: str       # one of `ONLINE_STATES`
+    detail: str      # in words; empty if there is nothing to say
+
+# %% ../nbs/api/01_manifest.ipynb #man00083
+def _stated_size(response):
+    """Bytes of the whole file, or None where the server does not say."""
+    if response.status_code == 206:
+        size = response.headers.get("Content-Range", "").rpartition("/")[2]
+    else:
+        size = response.headers.get("Content-Length", "")
+    return int(size) if size.isdigit() else None
+
+
+def _ask(url, timeout):
+    """The answer to a question about a file; its content is not read."""
+    options = dict(timeout=timeout, allow_redirects=True, stream=True)
+    headers = {"Accept-Encoding": "identity"}
+    with contextlib.suppress(requests.ConnectionError):      # some servers close the connection at a HEAD
+        with requests.head(url, headers=headers, **options) as response:
+            if response.ok and _stated_size(response):
+                return response
+    headers["Range"] = "bytes=0-0"
+    with requests.get(url, headers=headers, **options) as response:
+        return response
+
+# %% ../nbs/api/01_manifest.ipynb #man00087
+def _name_in(url):
+    """The file name at the end of an address."""
+    path = unquote(urlsplit(url).path)
+    return PurePosixPath(path).name
+
+
+def _served_name(response):
+    """The file name that a server gives for saving, else the one in the last address."""
+    disposition = response.headers.get("Content-Disposition", "")
+    given = re.search(r'filename="?([^";]+)', disposition)
+    return given[1] if given else _name_in(response.url)
+
+
+def _has_moved(url, response):
+    """Whether a redirect was permanent, or led to another file; GitHub leaves out the suffix of an archive."""
+    if not response.history:
+        return False
+    permanent = any(answer.is_permanent_redirect for answer in response.history)
+    before, after = _name_in(url), _served_name(response)
+    same = before == after or PurePosixPath(before).stem == after
+    return permanent or not same
+
+# %% ../nbs/api/01_manifest.ipynb #man00089
+ROUND_FIGURE = 0.1      # by how much a size may differ from a round figure
+
+
+def _judge_size(size, archive):
+    """(state, detail) of a size, compared with the manifest; size None where the server does not say."""
+    exact, about = archive.get("bytes"), archive.get("about")
+    expected = exact or about
+    if expected is None:
+        return "ok", ""
+    if size is None:
+        return "no size", f"the manifest says {expected} bytes"
+    allowed = 0 if exact else ROUND_FIGURE * about
+    if abs(size - expected) > allowed:
+        return "resized", f"{size} bytes, the manifest says {expected}"
+    return "ok", ""
+
+
+def _judge_status(response):
+    """(state, detail) of an answer that is an error."""
+    state = "gone" if response.status_code in (404, 410) else "refused"
+    return state, f"the server answers {response.status_code} {response.reason}".rstrip()
+
+# %% ../nbs/api/01_manifest.ipynb #man00091
+def _judge(url, archive, response):
+    """(state, detail) of the answer about one file."""
+    if not response.ok:
+        return _judge_status(response)
+    content_type = response.headers.get("Content-Type", "")
+    if content_type.startswith("text/html") and not archive["file"].endswith(".html"):
+        return "gone", f"{response.url} is a web page"
+    state, detail = _judge_size(_stated_size(response), archive)
+    if state != "resized" and _has_moved(url, response):
+        return "moved", f"to {response.url}"
+    return state, detail
+
+# %% ../nbs/api/01_manifest.ipynb #man00094
+PYPI = "https://pypi.org/pypi/{name}/{version}/json"      # the page of a release, for machines
+_ADDRESS_LIMIT = 16        # addresses that are asked at once
+_HOST_LIMIT = 4            # of them, of one server
+
+
+def _release_page(requirement):
+    """The page of a pinned requirement, such as "aisfx==0.1.2"."""
+    name, _, version = requirement.partition("==")
+    return PYPI.format(name=name.strip(), version=version.strip())
+
+
+def _judge_wheel(archive, response):
+    """(state, detail) of a wheel by the page of its release."""
+    if not response.ok:
+        return _judge_status(response)
+    sizes = {file["filename"]: file["size"] for file in response.json()["urls"]}
+    if archive["file"] not in sizes:
+        return "gone", "the release has no such file"
+    return _judge_size(sizes[archive["file"]], archive)
+
+# %% ../nbs/api/01_manifest.ipynb #man00097
+def _addresses(name):
+    """(entry, archive, address) for every address of an entry."""
+    addresses = []
+    for source in manifest_entry(name)["sources"]:
+        for archive in source["archives"]:
+            urls = list(archive.get("urls", []))
+            if "pip" in archive:
+                urls.append(_release_page(archive["pip"]))
+            addresses += [(name, archive, url) for url in urls]
+    return addresses
+
+
+def _state_online(archive, url, timeout):
+    """(state, detail) of one address."""
+    try:
+        if "pip" in archive:
+            return _judge_wheel(archive, requests.get(url, timeout=timeout))
+        return _judge(url, archive, _ask(url, timeout))
+    except requests.Timeout:
+        return "slow", f"no answer within {timeout:g} s"
+    except (requests.RequestException, ValueError) as error:      # ValueError: no address, or no page of a release
+        return "unreachable", f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+# %% ../nbs/api/01_manifest.ipynb #man00098
+def check_online(names=None, timeout=20.):
+    """Ask the servers of the manifest's addresses whether the files are there, without downloading them.
+
+    Parameters
+    ----------
+    names : list of str, optional
+        Entries; all by default. Sources that only a mirror has are left out.
+    timeout : float
+        Seconds to wait for a connection, and for each answer.
+
+    Returns
+    -------
+    list of OnlineCheck
+        One for each address, in the order of the manifest.
+
+    Raises
+    ------
+    ManifestError
+        If there is no entry of one of the names.
+    """
+    names = load_manifest() if names is None else names
+    addresses = [address for name in names for address in _addresses(name)]
+    hosts = {urlsplit(url).netloc for _, _, url in addresses}
+    limits = {host: threading.Semaphore(_HOST_LIMIT) for host in hosts}
+
+    def check(address):
+        name, archive, url = address
+        with limits[urlsplit(url).netloc]:
+            state, detail = _state_online(archive, url, timeout)
+        return OnlineCheck(name, archive["file"], url, state, detail)
+
+    with ThreadPoolExecutor(_ADDRESS_LIMIT) as pool:
+        return list(pool.map(check, addresses))

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SINGLE_LABEL_METHODS', 'MULTI_LABEL_METHODS', 'OTHERS', 'Count', 'Jobs', 'FolderName', 'FilePath', 'Options', 'Seeds',
-           'Trials', 'ARTEFACTS', 'TABLE_2', 'TABLE_3', 'TABLE_4', 'TABLE_4_LABELS', 'FIGURE_2', 'FIGURE_3', 'FIGURE_4',
-           'COMMON', 'CLAIMS', 'named_method', 'named_methods', 'PlannedRow', 'for_row', 'trials_for', 'seeds_for',
-           'seeds_text', 'PaperError', 'check_value', 'SavedTable', 'Artefact', 'register_artefact', 'artefact_of',
-           'budget_name', 'saved_tables', 'planned_rows', 'register_rows', 'training_passes', 'training_epochs',
-           'planned_runs', 'compare_rows', 'check_names', 'checked_profile', 'parameters', 'Claim', 'register_claim']
+           'Passes', 'Trials', 'ARTEFACTS', 'TABLE_2', 'TABLE_3', 'TABLE_4', 'TABLE_4_LABELS', 'FIGURE_2', 'FIGURE_3',
+           'FIGURE_4', 'COMMON', 'CLAIMS', 'named_method', 'named_methods', 'PlannedRow', 'for_row', 'trials_for',
+           'seeds_for', 'seeds_text', 'PaperError', 'check_value', 'SavedTable', 'Artefact', 'register_artefact',
+           'artefact_of', 'passes_for', 'budget_name', 'saved_tables', 'planned_rows', 'register_rows',
+           'training_passes', 'training_epochs', 'planned_runs', 'compare_rows', 'check_names', 'checked_profile',
+           'parameters', 'Claim', 'register_claim']
 
 # %% ../nbs/api/16_paper.ipynb #pap00003
 import difflib
@@ -358,6 +359,12 @@ def _seeds(key, value):
     kind = dict[str, Count] if isinstance(value, dict) else Count
     return check_value(kind, key, value)
 
+
+def _passes(key, value):
+    """Numbers of passes for all rows, or a mapping of names of rows to lists of numbers."""
+    kind = dict[str, list[Count]] if isinstance(value, dict) else list[Count]
+    return check_value(kind, key, value)
+
 # %% ../nbs/api/16_paper.ipynb #pap00027
 Count = NewType("Count", int)               # a whole number from 1 up
 Jobs = NewType("Jobs", int)                 # a count, or None for as many as the machine allows
@@ -365,6 +372,7 @@ FolderName = NewType("FolderName", str)
 FilePath = NewType("FilePath", str)         # a path, in which ~ is the home folder
 Options = NewType("Options", dict)          # fields of `TuneConfig`
 Seeds = NewType("Seeds", int)               # a count, or a mapping of names of rows to counts
+Passes = NewType("Passes", list)            # counts, or a mapping of names of rows to lists of counts
 Trials = NewType("Trials", list)            # options to choose from: for all, by method, by name of a row
 
 # %% ../nbs/api/16_paper.ipynb #pap00028
@@ -382,6 +390,7 @@ CHECKS = {
     Options: _options,
     Trials: _trials,
     Seeds: _seeds,
+    Passes: _passes,
     Augment: _augment,
 }
 
@@ -686,6 +695,30 @@ register_artefact(Artefact(
     plan=_figure_3,
     tables=(SavedTable(FIGURE_3, geometry=True),)))
 
+# %% ../nbs/api/16_paper.ipynb #pap00111a1
+def passes_for(passes, *names):
+    """The budgets of one row of Figure 4.
+
+    Parameters
+    ----------
+    passes : list of int, or dict of str to list of int
+        Numbers of passes for all rows, or by name of a row, see `for_row`.
+    names : str
+        The names of the row, the most specific name first.
+
+    Returns
+    -------
+    list of int
+
+    Raises
+    ------
+    StudyError
+        If there are none for the row.
+    """
+    if not isinstance(passes, dict):
+        return passes
+    return for_row(passes, "passes", *names)
+
 # %% ../nbs/api/16_paper.ipynb #pap00111
 def _budgets(name, passes):
     """A method with each number of passes, by name; a frozen encoder has no passes."""
@@ -699,7 +732,7 @@ def _figure_4(tasks, methods, passes, trials, **_):
     for task, backbone in tasks.items():
         budgets = {}
         for name in methods:
-            budgets |= _budgets(name, passes)
+            budgets |= _budgets(name, passes_for(passes, task, backbone))
         yield PlannedRow(task, backbone, budgets, trials_for(trials, task, backbone))
 
 # %% ../nbs/api/16_paper.ipynb #pap00112
@@ -723,7 +756,7 @@ FIGURE_4 = "figure_4_budget"
 
 register_artefact(Artefact(
     "figure_4", FIGURE_4,
-    options=dict(tasks=dict[str, str], methods=list[str], passes=list[Count], trials=Trials,
+    options=dict(tasks=dict[str, str], methods=list[str], passes=Passes, trials=Trials,
                  seeds=Seeds),
     plan=_figure_4,
     tables=(SavedTable(FIGURE_4, choosing=True, across=("probe",)),)))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ReproduceError', 'paper_folder', 'read_profile', 'results_folder', 'paper_notebooks', 'reproduce_all',
            'page_template', 'write_report', 'needed_entries', 'download_estimate', 'task_hours', 'workload',
-           'audio_speed', 'estimate', 'announce_costs']
+           'encoder_speeds', 'audio_speed', 'estimate', 'announce_costs']
 
 # %% ../nbs/api/18_reproduce.ipynb #rpd00003
 import ast
@@ -15,12 +15,15 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import time
 from functools import lru_cache
 from pathlib import Path
 
+import joblib
 import numpy as np
 import pandas as pd
+import soundfile
 import torch
 import yaml
 
@@ -29,11 +32,13 @@ from . import core
 from .backbones import load_backbone
 from .core import ActError, cache_dir, full_path, import_extra, write_atomic
 from .embeddings import default_fabric
+from .geometry import geometry, purity
 from .manifest import PROFILES, list_entries, load_manifest, names_of
 from .paper import ARTEFACTS, checked_profile, planned_runs, training_passes
+from .probes import PENALTIES, KNNProbe, LinearProbe, probe_device
 from .report import alternative_text, picture
-from .study import Store, code_digest, default_jobs, provenance
-from .tasks import OWN_DATA, list_tasks, load_task
+from .study import GEOMETRY_CLIPS, Store, _threads, code_digest, default_jobs, provenance, run_threads
+from .tasks import OWN_DATA, SHARES, SPLITS, Clip, list_tasks, load_task
 from .tuning import AUTO, EncoderWithHead, chosen_precision, classifier_head
 
 # %% ../nbs/api/18_reproduce.ipynb #cli00008
@@ -630,14 +635,58 @@ def _training_share(name):
     except ActError:
         return _few_clips_share(name)
 
+
+def _listed_clips(name):
+    """Clips for training, validation and test, and classes, as the registry lists them; NaN if it does not."""
+    base = re.split("[/:@#]", name)[0]
+    listed = list_tasks()
+    if base not in listed.index:
+        return dict.fromkeys((*SPLITS, "classes"), np.nan)
+    row = listed.loc[base]
+    kept = re.search(r"/(\d+)", name)
+    classes = float(kept[1]) if kept else float(row.classes)
+    clips = float(row.clips) * classes / float(row.classes)
+    sizes = {side: SHARES[side] * clips for side in SPLITS}
+    sizes["train"] *= _few_clips_share(name)
+    return dict(sizes, classes=classes)
+
+
+@lru_cache
+def _clip_counts(name):
+    """Clips for training, validation and test, and classes: exact where the data is at hand."""
+    entry = _entry_of(name, load_manifest())
+    if entry is not None and list_entries().state[entry] != "fetched":
+        return _listed_clips(name)
+    try:
+        task = load_task(name)
+    except ActError:
+        return _listed_clips(name)
+    sizes = {side: float(len(task.indices(side))) for side in SPLITS}
+    return dict(sizes, classes=float(len(task.classes)))
+
 # %% ../nbs/api/18_reproduce.ipynb #rpd00029
+_WORK = ("trained", "embedded", "fits", "searches", "pairs")     # what the time of a run is proportional to
+
+
+def _probe_work(name):
+    """Clips times classes of the linear probe, and pairs of clips of the k-NN probe and of the geometry."""
+    counts = _clip_counts(name)
+    measured = min(counts["train"], GEOMETRY_CLIPS)
+    return dict(
+        fits=counts["train"] * counts["classes"],
+        searches=counts["train"] * (counts["valid"] + counts["test"]),
+        pairs=counts["test"] ** 2 + measured ** 2)
+
+
 def _cost_of(run):
-    """Precision, hours in training steps and, if its size is unknown, the task of a run."""
+    """Precision, hours in training steps, work and, if its size is unknown, the task of a run."""
     hours = task_hours(run.task)
     trained = training_passes(run) * _training_share(run.task) * hours
-    return dict(precision=run.config.precision if run.config else None,
+    work = dict(trained=trained, embedded=hours, **_probe_work(run.task))
+    unknown = np.isnan(list(work.values())).any()
+    return dict(work, precision=run.config.precision if run.config else None,
                 hours=trained + FORWARD_SHARE * hours,
-                unknown=run.task if np.isnan(hours) else "")
+                unknown=run.task if unknown else "")
 
 
 def _joined(names):
@@ -658,40 +707,55 @@ def workload(profile, extended=True):
     -------
     DataFrame
         One row for each section and encoder: number of runs, hours of audio in training steps (a forward pass
-        counts a third), the precision of the runs, and the tasks of unknown size, which are not counted.
+        counts a third), the precision of the runs, the tasks of unknown size, which are not counted, and what
+        the time is proportional to: hours that are ``trained`` on and ``embedded``, clips times classes of
+        the ``fits`` of linear probes, pairs of clips in k-NN ``searches`` and in measures of geometry.
     """
     rows = []
     for section, runs in planned_runs(profile, extended).items():
         for run in runs:
             row = dict(section=section, backbone=run.backbone, runs=1)
             rows.append(row | _cost_of(run))
-    columns = ["section", "backbone", "runs", "precision", "hours", "unknown"]
+    columns = ["section", "backbone", "runs", "precision", "hours", "unknown", *_WORK]
     frame = pd.DataFrame(rows, columns=columns)
     grouped = frame.groupby(["section", "backbone"], sort=False)
-    summary = grouped.agg({"runs": "sum", "hours": "sum", "precision": "max", "unknown": _joined})
+    sums = dict.fromkeys(["runs", "hours", *_WORK], "sum")
+    summary = grouped.agg({**sums, "precision": "max", "unknown": _joined})
     return summary.reset_index()
 
 # %% ../nbs/api/18_reproduce.ipynb #stu00054
-def _batch_seconds(backbone, precision, seconds, rows, steps):
-    """Seconds of a training step, a mean over some; the first is not timed."""
-    encoder = load_backbone(backbone, pretrained=False)
-    if precision == AUTO:
-        precision = chosen_precision(encoder)
-    fabric = default_fabric(precision)
-    model = fabric.setup(EncoderWithHead(encoder, classifier_head(encoder.dim, 2)))
-    samples = int(seconds * encoder.sample_rate)
+def _batch_seconds(model, sample_rate, fabric, seconds, rows, steps):
+    """Seconds of a training step and of a forward pass, means over some; the first of each is not timed."""
+    samples = int(seconds * sample_rate)
     x = torch.randn(rows, samples, device=fabric.device)
-    lengths = torch.full((rows,), samples, device=fabric.device)
-    for step in range(steps + 1):
-        if step == 1: started = time.perf_counter()
+    lengths = torch.full((rows,), samples)
+
+    def train():
         loss = model(x, lengths).float().square().mean()
         fabric.backward(loss)
-        loss.item()                                     # waits for the device
-    return (time.perf_counter() - started) / steps
+        return loss
+
+    def embed():
+        with torch.no_grad():
+            return model(x, lengths).sum()
+
+    model.train()            # on a GPU recurrent layers go backward in this mode only
+    trained = _mean_seconds(train, steps)
+    model.eval()
+    return trained, _mean_seconds(embed, steps)
 
 
-def audio_speed(backbone, precision="32-true", seconds=4., rows=4, steps=2):
-    """Seconds of audio that one process takes through training steps in a second, with one thread as in a grid.
+def _mean_seconds(work, repeats):
+    """Mean seconds of a function that returns a number on a device."""
+    work().item()            # waits for the device
+    started = time.perf_counter()
+    for _ in range(repeats):
+        work().item()
+    return (time.perf_counter() - started) / repeats
+
+# %% ../nbs/api/18_reproduce.ipynb #rpd00201
+def encoder_speeds(backbone, precision="32-true", seconds=4., rows=4, steps=2):
+    """Seconds of audio that one process takes through an encoder in a second, with the threads of a run.
 
     Parameters
     ----------
@@ -706,32 +770,151 @@ def audio_speed(backbone, precision="32-true", seconds=4., rows=4, steps=2):
 
     Returns
     -------
+    dict
+        ``speed`` in training steps, ``forward`` in embedding; the dimensions ``dim`` of the embedding.
+
+    Raises
+    ------
+    ActError, RuntimeError, OSError
+        If the encoder cannot be built or does not fit into the memory.
+    """
+    encoder = load_backbone(backbone, pretrained=False)
+    if precision == AUTO:
+        precision = chosen_precision(encoder)
+    fabric = default_fabric(precision)
+    sample_rate, dim = encoder.sample_rate, encoder.dim
+    model = fabric.setup(EncoderWithHead(encoder, classifier_head(dim, 2)))
+    with _threads(run_threads()):
+        trained, embedded = _batch_seconds(model, sample_rate, fabric, seconds, rows, steps)
+    return dict(speed=rows * seconds / trained, forward=rows * seconds / embedded, dim=dim)
+
+
+def audio_speed(backbone, precision="32-true", seconds=4., rows=4, steps=2):
+    """Seconds of audio that one process takes through training steps in a second.
+
+    Parameters
+    ----------
+    backbone, precision, seconds, rows, steps
+        As for `encoder_speeds`.
+
+    Returns
+    -------
     float
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        per_batch = _batch_seconds(backbone, precision, seconds, rows, steps)
-    finally:
-        torch.set_num_threads(threads)
-    return rows * seconds / per_batch
+    return encoder_speeds(backbone, precision, seconds, rows, steps)["speed"]
+
+# %% ../nbs/api/18_reproduce.ipynb #rpd00203
+def _problem_seconds(dim, clips, classes):
+    """Seconds of the linear probe, the k-NN probe and the geometry of random embeddings."""
+    g = torch.Generator().manual_seed(0)
+    y = torch.arange(clips) % classes
+    centres = torch.randn(classes, dim, generator=g)
+    z = .3 * centres[y] + torch.randn(clips, dim, generator=g)
+    z, y = z.to(probe_device()), y.to(probe_device())
+    works = dict(
+        fits=lambda: LinearProbe(PENALTIES).fit(z, y, validation=(z, y)),
+        searches=lambda: KNNProbe().fit(z, y).sweep(z, y),
+        pairs=lambda: (geometry(z, y), purity(z, y)))
+    seconds = {}
+    for name, work in works.items():
+        started = time.perf_counter()
+        work()
+        seconds[name] = time.perf_counter() - started
+    return seconds
+
+
+@lru_cache
+def probe_rates(dim, sizes=((300, 4), (1200, 8))):
+    """Seconds of the two probes and of the geometry, as straight lines; see `workload`.
+
+    Parameters
+    ----------
+    dim : int
+        Of the embedding.
+    sizes : pair of (int, int)
+        Clips and classes of the problems that are timed.
+
+    Returns
+    -------
+    dict of str to (float, float)
+        For ``fits``, ``searches`` and ``pairs`` the seconds of a run that do not depend on the clips, and those
+        for each unit of work.
+    """
+    with _threads(run_threads()):
+        _problem_seconds(8, 20, 2)       # the first calls are slower
+        few, many = (_problem_seconds(dim, *size) for size in sizes)
+    (n, few_classes), (N, many_classes) = sizes
+    work = dict(fits=(n * few_classes, N * many_classes), searches=(n * n, N * N), pairs=(n * n, N * N))
+    rates = {}
+    for name, (less, more) in work.items():
+        each = max(0., (many[name] - few[name]) / (more - less))
+        rates[name] = max(0., few[name] - each * less), each
+    return rates
+
+# %% ../nbs/api/18_reproduce.ipynb #rpd00206
+@lru_cache
+def _decoding_speed(seconds=20, rates=(44100, 16000)):
+    """Seconds of audio that one core decodes and resamples in a second."""
+    noise = np.random.default_rng(0).uniform(-.5, .5, seconds * rates[0])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "noise.wav")
+        soundfile.write(path, noise, rates[0])
+        Clip(path).load(rates[1])
+        started = time.perf_counter()
+        Clip(path).load(rates[1])
+        return seconds / (time.perf_counter() - started)
+
+
+def _decoded_hours(profile):
+    """Hours of audio of the data sets of each section, each counted in the first that reads it."""
+    hours = {}
+    seen = set()
+    for section, runs in planned_runs(profile).items():
+        names = {re.split("[/:@#]", run.task)[0] for run in runs} - seen
+        hours[section] = float(np.nansum([task_hours(name) for name in names]))
+        seen |= names
+    return hours
 
 # %% ../nbs/api/18_reproduce.ipynb #rpd00030
-def _speed_or_nan(backbone, precision):
-    """`audio_speed`, or NaN where the encoder cannot be built or run here."""
+def _speeds_or_reason(backbone, precision):
+    """`encoder_speeds`; without numbers but with the reason where the encoder cannot be built or run here."""
     rows = 64 if torch.cuda.is_available() else 4
     try:
-        return audio_speed(backbone, precision, rows=rows)
-    except (ActError, RuntimeError, OSError):      # such as a configuration that is not here, or too little memory
-        return float("nan")
+        return encoder_speeds(backbone, precision, rows=rows) | dict(reason="")
+    except (ActError, RuntimeError, OSError) as error:      # such as too little memory
+        return dict(speed=np.nan, forward=np.nan, dim=None, reason=_cause(error))
 
 
 def _speeds(cost):
-    """`audio_speed` of every encoder of a workload."""
+    """`encoder_speeds` of every encoder of a workload, a DataFrame."""
     precisions = dict(zip(cost.backbone, cost.precision.fillna("32-true")))
-    return {backbone: _speed_or_nan(backbone, p) for backbone, p in precisions.items()}
+    speeds = {backbone: _speeds_or_reason(backbone, p) for backbone, p in precisions.items()}
+    return pd.DataFrame(speeds).T
 
 # %% ../nbs/api/18_reproduce.ipynb #stu00056
+PARTS = ("tuning", "embedding", "probes", "geometry")
+
+
+def _reading_hours(work, dim):
+    """Hours of the probes and of the geometry of a row of a workload."""
+    if dim is None:
+        return np.nan, np.nan
+    rates = probe_rates(dim)
+    seconds = {name: work.runs * fixed + work[name] * each for name, (fixed, each) in rates.items()}
+    return (seconds["fits"] + seconds["searches"]) / 3600, seconds["pairs"] / 3600
+
+
+def _with_times(cost, speeds):
+    """A workload with the hours of each part in one process, and of all parts in `default_jobs` of them."""
+    cost = cost.join(speeds, on="backbone")
+    cost["tuning"] = (cost.trained / cost.speed).astype(float)
+    cost["embedding"] = (cost.embedded / cost.forward).astype(float)
+    reading = [_reading_hours(row, row.dim) for _, row in cost.iterrows()]
+    cost[["probes", "geometry"]] = np.reshape(reading, (len(cost), 2))
+    cost["hours_here"] = cost[list(PARTS)].sum(axis=1, skipna=False) / default_jobs()
+    return cost
+
+# %% ../nbs/api/18_reproduce.ipynb #rpd00207
 def estimate(profile):
     """The workload of a profile and the hours it takes on this device.
 
@@ -743,14 +926,12 @@ def estimate(profile):
     Returns
     -------
     DataFrame
-        As `workload`, with the ``speed`` of each encoder (see `audio_speed`; NaN where it cannot be built here)
-        and ``hours_here``, with as many processes as `default_jobs`.
+        As `workload`, with the speeds of each encoder (see `encoder_speeds`; NaN, with the ``reason``, where it
+        cannot be run here), the hours that ``tuning``, ``embedding``, ``probes`` and ``geometry`` take in one
+        process, and ``hours_here``, of all with as many processes as `default_jobs`. Decoding is not among them.
     """
     cost = workload(profile)
-    cost["speed"] = cost.backbone.map(_speeds(cost))
-    hours = cost.hours / cost.speed
-    cost["hours_here"] = hours / default_jobs()
-    return cost
+    return _with_times(cost, _speeds(cost))
 
 # %% ../nbs/api/18_reproduce.ipynb #rpd00032
 BYTES_PER_GB = 1e9
@@ -784,10 +965,19 @@ def _downloads(remote):
 
 # %% ../nbs/api/18_reproduce.ipynb #rpd00033
 def _unknown(cost):
-    """The tasks and encoders of a workload whose size or speed is unknown."""
+    """The tasks of a workload whose size is unknown, and the encoders that do not run here, with the reason."""
     tasks = set(", ".join(cost.unknown).split(", ")) - {""}
-    encoders = set(cost.backbone[cost.speed.isna()])
-    return sorted(tasks | encoders)
+    failed = cost[cost.reason != ""]
+    encoders = {f"{row.backbone} ({row.reason})" for row in failed.itertuples()}
+    return sorted(tasks), sorted(encoders)
+
+
+def _parts(profile, cost):
+    """The share of each part in the time, as a part of a line."""
+    hours = cost[list(PARTS)].sum() / default_jobs()
+    each = [f"{name} {_duration(hours[name])}" for name in PARTS]
+    decoding = sum(_decoded_hours(profile).values()) / _decoding_speed() / joblib.cpu_count()
+    return f"; {', '.join(each)}; and {_duration(decoding)} to decode the audio once"
 
 
 def _if_no_grid_grows(profile, cost):
@@ -795,8 +985,8 @@ def _if_no_grid_grows(profile, cost):
     work = workload(profile, extended=False)
     if work.runs.sum() == cost.runs.sum():
         return ""
-    speeds = cost.drop_duplicates("backbone").set_index("backbone").speed
-    hours = work.hours / work.backbone.map(speeds) / default_jobs()
+    speeds = cost.drop_duplicates("backbone").set_index("backbone")[["speed", "forward", "dim", "reason"]]
+    hours = _with_times(work, speeds).hours_here
     return f"; {_duration(hours.sum())} if no best learning rate lies at the edge of its grid"
 
 
@@ -812,10 +1002,13 @@ def _durations(profile):
         f"about {_duration(hours.sum())} on {device}, {default_jobs()} at once, "
         f"by timing each encoder ({', '.join(each)})"
     )
+    line += _parts(profile, cost)
     line += _if_no_grid_grows(profile, cost)
-    unknown = _unknown(cost)
-    if unknown:
-        line += f"; not counted, as nobody states their size: {', '.join(unknown)}"
+    tasks, encoders = _unknown(cost)
+    if tasks:
+        line += f"; not counted, as nobody states their size: {', '.join(tasks)}"
+    if encoders:
+        line += f"; not counted, as they do not run here: {', '.join(encoders)}"
     return line + "."
 
 # %% ../nbs/api/18_reproduce.ipynb #rpd00034

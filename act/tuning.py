@@ -15,9 +15,7 @@ import inspect
 import json
 import math
 import platform
-import queue
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -42,8 +40,8 @@ from tqdm import tqdm
 from .backbones import valid_frames
 from .core import ActError, ActWarning, Registry, cache_path, code_of, full_path, identity
 from .core import libraries_of, near_matches, replacing, versions
-from .embeddings import (batches_by_length, computing_on, default_fabric, fingerprint, frozen_embeddings,
-                            rounded_length, samples_per_batch)
+from .embeddings import (batches_by_length, clip_costs, computing_on, default_fabric, fast_matmul,
+                            fingerprint, frozen_embeddings, prefetched, rounded_length, samples_per_batch)
 from .losses import (CLASSIFICATION_LOSSES, CONTRASTIVE_LOSSES, ContrastiveLoss,
                         binary_cross_entropy, cached_step, count_positives, gathered_loss,
                         graph_leaves, valid_anchors)
@@ -1873,8 +1871,9 @@ def _set_up_model(self: _Loop):
         self.model, self.optimiser = self.fabric.setup(model, optimiser)
     self._try_precision(model)
     self.backbone.train()
+    longest = int(self._row_lengths(self.rows).max())
     with self.fabric.autocast():
-        self.max_samples = samples_per_batch(self.backbone, self.fabric, config.max_samples)
+        self.max_samples = samples_per_batch(self.backbone, self.fabric, config.max_samples, longest)
 
 # %% ../nbs/api/09_tuning.ipynb #tun10090
 @patch
@@ -1983,7 +1982,7 @@ def _micro_batches(self: _Loop, clips):
     if self.rounds_lengths:
         lengths = rounded_length(lengths)
     lengths = np.tile(lengths, self.config.views_per_clip)
-    cost = self.backbone.computed_samples(lengths)
+    cost = clip_costs(self.backbone, lengths, self.max_samples)
     rows = len(cost)
     most = min(self.config.micro_batch or rows, rows)
     if most == rows and cost.max() * rows <= self.max_samples:
@@ -2046,40 +2045,6 @@ def _prepare(self: _Loop, step):
         sizes=sizes,
         most_groups=max(map(len, groups_of)),
         facts=self._label_facts(rows))
-
-# %% ../nbs/api/09_tuning.ipynb #tun22051
-# replaced by act.embeddings.prefetched and act.embeddings.fast_matmul
-def fast_matmul(device):
-    """Let a CUDA device multiply float32 matrices of an encoder in TF32 while the block runs."""
-    return nullcontext()
-
-
-def prefetched(make, items, device, depth=2):
-    """``make(item)`` of each item, in order, computed ahead by a thread."""
-    ready = queue.Queue(depth)
-    stopped = threading.Event()
-
-    def work():
-        for item in items:
-            if stopped.is_set():
-                return
-            try:
-                ready.put((make(item), None))
-            except BaseException as error:
-                ready.put((None, error))
-                return
-
-    threading.Thread(target=work, daemon=True).start()
-    try:
-        for _ in items:
-            made, error = ready.get()
-            if error is not None:
-                raise error
-            yield made
-    finally:
-        stopped.set()
-        while not ready.empty():
-            ready.get_nowait()
 
 # %% ../nbs/api/09_tuning.ipynb #tun22052
 _PREPARED_AHEAD = {"cuda": 2}      # steps; on other devices a thread would compete with the step itself

@@ -15,7 +15,7 @@ from gpu_page import gpu_page
 
 REPO = Path(__file__).parents[1]
 NBS, RESULTS = REPO / "nbs", REPO / "results"
-GUIDES = "first_steps your_own_audio classify_your_own does_it_help multi_label probe_embeddings add_a_backbone scale_out read_the_geometry".split()
+GUIDES = "first_steps your_own_audio classify_your_own does_it_help multi_label probe_embeddings add_a_backbone scale_out full_costs read_the_geometry".split()
 SHOWN_PROFILES = "small",                                                           # whose results are committed
 DIRECTIVE = re.compile(r"^\s*#\s*\|\s*([\w-]+):?[ \t]*(.*)\n?", re.M)
 TABLE = re.compile(r"<!-- table: (\S+) -->")

@@ -60,6 +60,22 @@ def test_a_loss_needs_torch_and_little_else():
     assert run(code).strip() == "[]"
 
 
+COMMANDS = '''
+import sys
+import numpy as np, soundfile
+from act import cli
+for name, hz in dict(cat=900, dog=300).items():
+    (folder / "data" / name).mkdir(parents=True)
+    for i in range(8):
+        soundfile.write(folder / "data" / name / f"{i}.wav", .3 * np.sin(2 * np.pi * (hz + 5 * i) * np.arange(8000) / 8000), 8000)
+tune = ["tune", folder / "data", "--backbone", "random:speech-embedding", "--passes", "1", "--out", folder / "tuned"]
+for words in (tune, ["predict", folder / "tuned", folder / "data" / "cat" / "0.wav"], ["doctor"]):
+    sys.argv = ["act", *map(str, words)]
+    try: cli.main()
+    except SystemExit as end: print(words[0], "ended with", end.code or 0)
+'''
+
+
 def test_the_library_works_without_extras():
     """Losses, tuning, probes and the command line import, and an encoder embeds, where no extra is installed."""
     code = BLOCKER.format(blocked=EXTRAS_ONLY) + (
@@ -67,6 +83,16 @@ def test_the_library_works_without_extras():
         "import torch\nfrom act.backbones import load_backbone\nfrom act.tasks import list_tasks\n"
         "print(load_backbone('log-mel')(torch.randn(2, 16000)).shape, len(list_tasks()) > 5)")
     assert run(code).strip() == "torch.Size([2, 128]) True"
+
+
+@pytest.mark.slow
+def test_the_command_line_works_without_extras(tmp_path):
+    """Tuning on a folder, prediction with the result, and the doctor."""
+    code = BLOCKER.format(blocked=EXTRAS_ONLY) + f"from pathlib import Path\nfolder = Path({str(tmp_path)!r})\n{COMMANDS}"
+    output = run(code, ACT_CACHE=str(tmp_path / "cache"))
+    for command in ("tune", "predict"):
+        assert f"{command} ended with 0\n" in output, output
+    assert "manifest: " in output
 
 
 @pytest.mark.parametrize("code, extra", [
