@@ -59,12 +59,12 @@ def training_subset(task, clips):
 
 
 def noise_task(clips, seconds, sample_rate, classes=8):
-    """Clips of noise, all of one length, all for training."""
+    """So many training clips of noise, all of one length, and one clip each to validate and to test."""
     from act.tasks import Task
     generator = torch.Generator().manual_seed(0)
-    waveforms = [.1 * torch.randn(seconds * sample_rate, generator=generator).numpy() for _ in range(clips)]
-    labels = [f"class {i % classes}" for i in range(clips)]
-    return Task.from_arrays(waveforms, labels, sample_rate, split=["train"] * clips)
+    waveforms = [.1 * torch.randn(seconds * sample_rate, generator=generator).numpy() for _ in range(clips + 2)]
+    labels = [f"class {i % classes}" for i in range(clips + 2)]
+    return Task.from_arrays(waveforms, labels, sample_rate, split=["train"] * clips + ["valid", "test"])
 
 
 def logged_rate(log):
@@ -131,7 +131,7 @@ def clips_by_trainer(task, options, precision):
 
     backbone = load("wav2vec2-base")
     waves = task.waveforms(backbone.sample_rate)
-    rows = [(i, int(label)) for i, label in enumerate(task.labels)]
+    rows = [(int(i), int(task.labels[i])) for i in task.indices("train")]
     times = []
 
     class Clock(TrainerCallback):
