@@ -1189,17 +1189,26 @@ def _changed_or_kept(x, changed):
     return torch.where(enough[:, None], changed, x)
 
 # %% ../nbs/api/09_tuning.ipynb #tun00100a
+def _energy(x):
+    """The sum of squares of a waveform (T,)."""
+    return float(torch.dot(x, x))
+
+
 def _shifted(x, lengths, offset):
     """Shift each clip by `offset` samples (B,) within its length; samples beyond either end are lost."""
     moved = torch.zeros_like(x)
-    for row, clip, end, by in zip(moved, x, lengths.tolist(), offset.tolist()):
-        kept = clip[max(0, -by):end - max(0, by)]
+    new_lengths = lengths.tolist()
+    offsets = offset.tolist()
+    for i, (clip, row) in enumerate(zip(x, moved)):
+        by, end = offsets[i], new_lengths[i]
         start = max(0, by)
+        kept = clip[start - by:end - start]
+        if _energy(kept) < LEAST_ENERGY * _energy(clip[:end]):
+            row[:end] = clip[:end]
+            continue
         row[start:start + len(kept)] = kept
-    enough = _keeps_energy(x, moved)
-    shortened = lengths + offset.clamp(max=0)
-    new_lengths = torch.where(enough, shortened, lengths)
-    return torch.where(enough[:, None], moved, x), new_lengths
+        new_lengths[i] = end + min(0, by)
+    return moved, torch.tensor(new_lengths)
 
 
 def _largest_shift(lengths, samples):
