@@ -37,9 +37,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from .backbones import valid_frames
 from .core import ActError, ActWarning, Registry, cache_path, code_of, full_path, identity
 from .core import libraries_of, near_matches, replacing, versions
+from .encoders import on_device, valid_frames
 from .embeddings import (batches_by_length, clip_costs, computing_on, default_fabric, fast_matmul,
                             fingerprint, frozen_embeddings, prefetched, rounded_length, samples_per_batch)
 from .losses import (CLASSIFICATION_LOSSES, CONTRASTIVE_LOSSES, ContrastiveLoss,
@@ -1191,24 +1191,23 @@ def _changed_or_kept(x, changed):
 # %% ../nbs/api/09_tuning.ipynb #tun00100a
 def _energy(x):
     """The sum of squares of a waveform (T,)."""
-    return float(torch.dot(x, x))
+    return float(np.dot(x, x))
 
 
 def _shifted(x, lengths, offset):
-    """Shift each clip by `offset` samples (B,) within its length; samples beyond either end are lost."""
-    moved = torch.zeros_like(x)
+    """Shift each clip, in place, by `offset` samples (B,) within its length; returns the new lengths."""
     new_lengths = lengths.tolist()
-    offsets = offset.tolist()
-    for i, (clip, row) in enumerate(zip(x, moved)):
-        by, end = offsets[i], new_lengths[i]
+    for i, (row, by, end) in enumerate(zip(x.numpy(), offset.tolist(), lengths.tolist())):
         start = max(0, by)
-        kept = clip[start - by:end - start]
-        if _energy(kept) < LEAST_ENERGY * _energy(clip[:end]):
-            row[:end] = clip[:end]
+        kept = row[start - by:end - start]                     # samples beyond either end are lost
+        if _energy(kept) < LEAST_ENERGY * _energy(row[:end]):
             continue
-        row[start:start + len(kept)] = kept
+        last = start + len(kept)
+        row[start:last] = kept                                 # numpy allows the overlap
+        row[:start] = 0
+        row[last:end] = 0
         new_lengths[i] = end + min(0, by)
-    return moved, torch.tensor(new_lengths)
+    return torch.tensor(new_lengths)
 
 
 def _largest_shift(lengths, samples):
@@ -1217,18 +1216,13 @@ def _largest_shift(lengths, samples):
 
 
 def _randomly_shifted(x, lengths, sample_rate, augment, draws):
-    """The first change of `augmented`: waveforms (B, T) and lengths (B,), both on the CPU."""
+    """The first change of `augmented`, in place: waveforms (B, T) on the CPU; returns the new lengths (B,)."""
     largest = _largest_shift(lengths, int(augment.shift * sample_rate))
     share = draws[:, 0].to(x.dtype)
     offset = (2 * share - 1) * largest
     return _shifted(x, lengths, offset.round().long())
 
 # %% ../nbs/api/09_tuning.ipynb #tun00100c
-def _on(device, tensor):
-    """A tensor on a device, without waiting for the copy."""
-    return tensor.to(device, non_blocking=True)
-
-
 def _band_removed(x, size, start, end):
     """Waveforms (B, T) without a band; `start` and `end` (B,) are shares of the spectrum of `size` samples."""
     spectrum = torch.fft.rfft(x, size)                             # (B, F)
@@ -1246,10 +1240,10 @@ def _without_band(x, lengths, start, width):
     filtered = torch.zeros_like(x)
     for size in map(int, np.unique(sizes)):
         positions = torch.from_numpy(np.flatnonzero(sizes == size))
-        rows = _on(x.device, positions)
+        rows = on_device(positions, x.device)
         band_free = _band_removed(x[rows], size, start[rows], end[rows])
         filtered[rows, :size] = band_free[:, :samples]
-    return filtered * valid_frames(_on(x.device, lengths), samples)
+    return filtered * valid_frames(on_device(lengths, x.device), samples)
 
 # %% ../nbs/api/09_tuning.ipynb #tun10060
 def _without_stretch(x, lengths, start, width):
@@ -1261,22 +1255,30 @@ def _without_stretch(x, lengths, start, width):
     return x * ~silenced
 
 # %% ../nbs/api/09_tuning.ipynb #tun10210
-def _with_noise(x, lengths, decibels, seeds):
-    """Add white noise at a signal-to-noise ratio (B,); each clip has its own seed. Lengths are on the CPU."""
-    signal_power = x.square().sum(1) / _on(x.device, lengths)
-    noise_power = signal_power / 10 ** (decibels / 10)
+def _white_noise(x, lengths, seeds):
+    """Noise (B, T) of unit power within the lengths, which are on the CPU; each clip has its own seed."""
     noise = torch.zeros_like(x)
     generator = torch.Generator(x.device)
+    if x.device.type == "cuda":                    # one launch for the batch, hence one seed
+        generator.manual_seed(int(seeds[0]))
+        return noise.normal_(generator=generator) * valid_frames(lengths, x.shape[1], x.device)
     for row, length, seed in zip(noise, lengths.tolist(), seeds.tolist()):
         generator.manual_seed(seed)
         row[:length].normal_(generator=generator)
+    return noise
+
+
+def _with_noise(x, lengths, decibels, seeds):
+    """Add white noise at a signal-to-noise ratio (B,); lengths and seeds are on the CPU."""
+    signal_power = x.square().sum(1) / on_device(lengths, x.device)
+    noise_power = signal_power / 10 ** (decibels / 10)
     amplitude = noise_power.sqrt()[:, None]
-    return x + amplitude * noise
+    return x + amplitude * _white_noise(x, lengths, seeds)
 
 # %% ../nbs/api/09_tuning.ipynb #tun00011
 def _changed(x, lengths, augment, draws):
     """All changes of `augmented` but the shift: waveforms (B, T) on any device, lengths and draws on the CPU."""
-    numbers = _on(x.device, draws[:, 1:-1].to(x.dtype))
+    numbers = on_device(draws[:, 1:-1].to(x.dtype), x.device)
     band, band_width, stretch, stretch_width, gain, snr = numbers.unbind(1)
     if augment.band:
         start = band * (1 - augment.band)
@@ -1285,7 +1287,7 @@ def _changed(x, lengths, augment, draws):
     if augment.mask:
         width = stretch_width * augment.mask
         start = stretch * (1 - width)
-        silenced = _without_stretch(x, _on(x.device, lengths), start, width)
+        silenced = _without_stretch(x, on_device(lengths, x.device), start, width)
         x = _changed_or_kept(x, silenced)
     decibels = (2 * gain - 1) * augment.gain
     x = x * (10 ** (decibels / 20))[:, None]
@@ -1320,7 +1322,8 @@ def augmented(x, lengths, sample_rate, augment, draws=None):
         return x, lengths
     if draws is None:
         draws = torch.rand(len(x), CHANGE_DRAWS, dtype=torch.float64)
-    shifted, lengths = _randomly_shifted(x.cpu(), lengths.cpu(), sample_rate, augment, draws.cpu())
+    shifted = x.detach().cpu().clone()
+    lengths = _randomly_shifted(shifted, lengths.cpu(), sample_rate, augment, draws.cpu())
     shifted = shifted.to(x.device)
     return _changed(shifted, lengths, augment, draws.cpu()), lengths
 
@@ -2018,7 +2021,7 @@ def _views(self: _Loop, clips, groups, generator):
 def _shifted_view(self: _Loop, x, lengths, draws):
     """The part of a view that is made on the CPU."""
     if self.config.augment is not None:
-        x, lengths = _randomly_shifted(x, lengths, self.backbone.sample_rate, self.config.augment, draws)
+        lengths = _randomly_shifted(x, lengths, self.backbone.sample_rate, self.config.augment, draws)
     if self.rounds_lengths:
         x = F.pad(x, (0, int(rounded_length(x.shape[1])) - x.shape[1]))
     return x, lengths, draws
@@ -2028,7 +2031,7 @@ def _shifted_view(self: _Loop, x, lengths, draws):
 def _on_device(self: _Loop, view):
     """The waveforms of a view on the device, changed there, and their lengths on the CPU."""
     x, lengths, draws = view
-    x = _on(self.fabric.device, x)
+    x = on_device(x, self.fabric.device)
     if self.config.augment is not None:
         x = _changed(x, lengths, self.config.augment, draws)
     return x, lengths
@@ -2076,11 +2079,12 @@ def _next_step(self: _Loop):
 def _backward(self: _Loop, batch):
     """Add the gradient of one step; returns its loss, on the device."""
     views = [self._on_device(view) for view in batch["views"]]
-    labels = _on(self.fabric.device, batch["labels"])
+    labels = on_device(batch["labels"], self.fabric.device)
 
     def loss_of(outputs):
         outputs = outputs.float()[:len(labels)]                    # of the rows that count
-        return self.family.local_loss(self.fabric, self.criterion, outputs, labels, batch["share"], batch["sizes"])
+        share, sizes = batch["share"], batch["sizes"]
+        return self.family.local_loss(self.fabric, self.criterion, outputs, labels, share, sizes)
 
     with fast_matmul(self.fabric.device):           # of the encoder; losses see to their own products
         if batch["most_groups"] == 1:
