@@ -2134,7 +2134,7 @@ def advance(self: _Loop):
         **batch["facts"],
         rows=len(rows) * self.config.views_per_clip))
     self.step += 1
-    if len(self.unread) == self.read_every or self._is_end_of_epoch():
+    if len(self.unread) == self.read_every or self._must_read():
         self.read()
 
 # %% ../nbs/api/09_tuning.ipynb #tun22061
@@ -2145,6 +2145,14 @@ _STEPS_TO_READ_ELSEWHERE = 20
 def _steps_to_read(device):
     """Steps whose losses are read from a device together."""
     return _STEPS_TO_READ.get(device.type, _STEPS_TO_READ_ELSEWHERE)
+
+
+@patch
+def _must_read(self: _Loop):
+    """Whether the losses are needed now: at the end of the run, or of an epoch that `patience` judges."""
+    if self.step == len(self.order):
+        return True
+    return self.config.patience is not None and self._is_end_of_epoch()
 
 
 @patch

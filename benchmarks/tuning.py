@@ -41,13 +41,19 @@ WARM_STEPS = 2                              # not timed
 
 
 def load(name):
-    """An encoder; with random weights if its own are not at hand."""
+    """An encoder; with random weights if its own cannot be had."""
     from act.backbones import load_backbone
     from act.core import ActError
     try:
         return load_backbone(name)
     except ActError:
-        return load_backbone(name, pretrained=False)
+        return untrained(name)
+
+
+def untrained(name):
+    """An encoder with random weights: nothing is fetched."""
+    from act.backbones import load_backbone
+    return load_backbone(name, pretrained=False)
 
 
 def training_subset(task, clips):
@@ -129,7 +135,7 @@ def clips_by_trainer(task, options, precision):
     from act.audio import collate
     from act.tuning import classifier_head
 
-    backbone = load("wav2vec2-base")
+    backbone = untrained("wav2vec2-base")
     waves = task.waveforms(backbone.sample_rate)
     rows = [(int(i), int(task.labels[i])) for i in task.indices("train")]
     times = []
@@ -159,7 +165,7 @@ def clips_by_trainer(task, options, precision):
 def against_trainer(options):
     """Vanilla fine-tuning of wav2vec2-base, in turns."""
     from act.tuning import TuneConfig, tune
-    backbone = load("wav2vec2-base")
+    backbone = untrained("wav2vec2-base")
     task = noise_task(options.rows * 4, 1, backbone.sample_rate)
     config = TuneConfig(method="vanilla", precision="auto", passes=options.passes, batch=options.rows, lr=3e-5,
                         augment=None)
@@ -241,7 +247,7 @@ def contrastive_loop(clips, seconds, options, precision):
     """A run whose every step takes all clips of a task, one view of each, in one piece."""
     from act.embeddings import default_fabric
     from act.tuning import TuneConfig, _Loop
-    backbone = load("wav2vec2-base")
+    backbone = untrained("wav2vec2-base")
     task = noise_task(clips, seconds, backbone.sample_rate)
     config = TuneConfig(views=1, batch=clips, passes=3 + options.timed_steps, lr=3e-5, precision=precision,
                         max_samples=2 * clips * seconds * backbone.sample_rate)
