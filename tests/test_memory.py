@@ -191,7 +191,7 @@ def test_a_limit_is_a_number_that_travels():
 
 def test_a_clip_that_does_not_fit_is_announced_with_the_remedy(monkeypatch):
     attention, lengths = Attention(), np.array([8000, 8000 * 600])
-    monkeypatch.setattr(embeddings, "_free_bytes", lambda device: 2**32)
+    monkeypatch.setattr(embeddings, "free_bytes", lambda device: 2**32)
     limit = default_max_samples(attention, CPU, lengths.max())
     with pytest.warns(ActWarning, match="spy: a clip of 600 s may need .* GiB, 4 GiB are free: set max_seconds=") as record:
         warn_of_long_clips(attention, lengths, limit, CPU)
