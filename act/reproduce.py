@@ -783,7 +783,8 @@ def encoder_speeds(backbone, precision="32-true", seconds=4., rows=4, steps=2):
         precision = chosen_precision(encoder)
     fabric = default_fabric(precision)
     sample_rate, dim = encoder.sample_rate, encoder.dim
-    model = fabric.setup(EncoderWithHead(encoder, classifier_head(dim, 2)))
+    model = EncoderWithHead(encoder, classifier_head(dim, 2)).to(fabric.device)
+    model = fabric.setup(model)
     with _threads(run_threads()):
         trained, embedded = _batch_seconds(model, sample_rate, fabric, seconds, rows, steps)
     return dict(speed=rows * seconds / trained, forward=rows * seconds / embedded, dim=dim)

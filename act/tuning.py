@@ -1708,16 +1708,24 @@ def _read_checkpoint(path, expected):
         raise TuningError(f"{path} is no checkpoint ({e}): delete it, or choose another folder") from None
 
 # %% ../nbs/api/09_tuning.ipynb #tun10082
+def _laid_out_like(parameter, value):
+    """A tensor of the optimiser with the strides of its parameter, which the fused AdamW requires."""
+    if value.shape != parameter.shape:
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
 def _load_checkpoint(loop):
     """Set the state of a run to that of the checkpoint in its folder."""
     header, tensors = _read_checkpoint(loop.folder / CHECKPOINT, loop.identity)
     loop.model.module.load_state_dict(_part_of(tensors, "model"))
     loop.best = _part_of(tensors, "best") or None
+    parameters = [p for group in loop.optimiser.param_groups for p in group["params"]]
     state = {}
     for key, value in _part_of(tensors, "optimiser").items():
-        parameter, name = key.split(".")
-        state.setdefault(int(parameter), {})
-        state[int(parameter)][name] = value
+        number, name = key.split(".")
+        state.setdefault(int(number), {})
+        state[int(number)][name] = _laid_out_like(parameters[int(number)], value)
     groups = loop.optimiser.state_dict()["param_groups"]
     loop.optimiser.load_state_dict(dict(state=state, param_groups=groups))
     loop.step = int(header["step"])
@@ -1877,7 +1885,7 @@ def _set_up_model(self: _Loop):
     context = self._head_context()
     head = config.method_record.head(context)
     self.chance = self.family.chance(context)
-    model = EncoderWithHead(self.backbone, head)
+    model = EncoderWithHead(self.backbone, head).to(self.fabric.device)
     optimiser = _optimiser(model, config, self.fabric.device)
     with self._unused_parameters_allowed(model):
         self.model, self.optimiser = self.fabric.setup(model, optimiser)
@@ -1940,7 +1948,6 @@ def _skips_layers(backbone):
 @patch
 def _has_unused_parameters(self: _Loop, model):
     """Whether the outputs for one clip do not depend on all trainable parameters."""
-    model.to(self.fabric.device)
     x, lengths = self.waves.batch(self.rows[:1])
     x = x[:, :self.backbone.sample_rate].to(self.fabric.device, self.backbone.dtype)
     lengths = lengths.clamp(max=x.shape[1])
