@@ -321,10 +321,11 @@ class _Waveforms:
 class _Encoder:
     """An encoder on its device, and how much it encodes at once."""
 
-    def __init__(self, backbone, max_seconds=None):
+    def __init__(self, backbone, max_seconds=None, precision="32-true"):
         self.backbone = backbone.eval()
         self.max_seconds = max_seconds
-        self.device = default_fabric().device
+        self.fabric = default_fabric(precision)
+        self.device = self.fabric.device
         self.backbone.to(self.device)
         self.max_samples = default_max_samples(backbone, self.device)
 
@@ -338,6 +339,7 @@ class _Encoder:
             device=self.device,
             max_samples=self.max_samples,
             max_seconds=self.max_seconds,
+            fabric=self.fabric,
         )
         return z.cpu()
 
@@ -375,7 +377,7 @@ def _embedded_batches(encoder, clips, sample_rate, batch):
         position += len(group)
 
 # %% ../nbs/api/14_classifier.ipynb #clf00103
-def stream_embeddings(backbone, clips, sample_rate=None, batch=64, max_seconds=None):
+def stream_embeddings(backbone, clips, sample_rate=None, batch=64, max_seconds=None, precision="32-true"):
     """Embed any number of recordings in bounded memory.
 
     Parameters
@@ -390,6 +392,8 @@ def stream_embeddings(backbone, clips, sample_rate=None, batch=64, max_seconds=N
         Clips that are encoded together, at most.
     max_seconds : float, optional
         The embedding of a longer clip is the mean over windows of at most this length.
+    precision : str
+        Of `act.embeddings.default_fabric`.
 
     Yields
     ------
@@ -398,7 +402,7 @@ def stream_embeddings(backbone, clips, sample_rate=None, batch=64, max_seconds=N
     Tensor (D,) or ClassifierError
         float32; or why the clip has no embedding.
     """
-    encoder = _Encoder(backbone, max_seconds)
+    encoder = _Encoder(backbone, max_seconds, precision)
     for group in _embedded_batches(encoder, clips, sample_rate, batch):
         yield from group
 
@@ -521,6 +525,8 @@ class AudioClassifier:
         Sections of the model card.
     dual : DualProbe or None
         Test scores of both probes; None for a classifier that was loaded, or trained without test clips.
+    precision : str
+        In which clips are embedded: that in which the encoder was tuned.
     config : TuneConfig or None
         How the encoder was tuned; None for a frozen one, and for a classifier that was loaded.
     trials : DataFrame or None
@@ -528,7 +534,7 @@ class AudioClassifier:
         loaded.
     """
     def __init__(self, backbone, linear, knn, classes, clips, calibration,
-                 max_seconds=None, card=None, dual=None):
+                 max_seconds=None, card=None, dual=None, precision="32-true"):
         self.backbone = backbone.eval()
         self.linear = linear
         self.knn = knn
@@ -538,6 +544,7 @@ class AudioClassifier:
         self.max_seconds = max_seconds
         self.card = card or {}
         self.dual = dual
+        self.precision = precision
         self.recordings = {}
         self.config = None
         self.trials = None
@@ -553,7 +560,7 @@ class AudioClassifier:
 
     @cached_property
     def _encoder(self):
-        return _Encoder(self.backbone, self.max_seconds)
+        return _Encoder(self.backbone, self.max_seconds, self.precision)
 
 # %% ../nbs/api/14_classifier.ipynb #clf00024
 @patch
@@ -852,12 +859,14 @@ def _candidate(cls, task, backbone, config, probe_settings, max_seconds, progres
         encoder = tuned.backbone
         config = tuned.config
         max_seconds = max_seconds or config.max_seconds
+    precision = "32-true" if config is None else config.precision
     rows = task.indices("train")
-    z = embed(encoder, task, progress=progress, max_seconds=max_seconds)
+    z = embed(encoder, task, fabric=default_fabric(precision), progress=progress, max_seconds=max_seconds)
     embedded = _Embedded(task, z, _trained_classes(task, rows))
     linear, knn = _fitted_probes(embedded, *probe_settings)
     keys = [getattr(task.clips[i], "key", str(i)) for i in rows]
-    classifier = cls(encoder, linear, knn, embedded.classes, keys, Calibration(), max_seconds)
+    classifier = cls(
+        encoder, linear, knn, embedded.classes, keys, Calibration(), max_seconds, precision=precision)
     classifier.recordings = dict(zip(keys, [task.clips[i] for i in rows]))
     valid = embedded.side("valid")
     score = (linear.score(*valid) + knn.score(*valid)) / 2
@@ -1285,7 +1294,8 @@ def evaluate(self: AudioClassifier, task, split="test", progress=False):
     rows = task.indices(split)
     y = _targets(task, rows, self.classes)
     part = task.subset(rows)
-    z = embed(self.backbone, part, progress=progress, max_seconds=self.max_seconds)
+    fabric = default_fabric(self.precision)
+    z = embed(self.backbone, part, fabric=fabric, progress=progress, max_seconds=self.max_seconds)
     z = torch.from_numpy(np.array(z))
     metrics = MULTI_LABEL_METRICS if self.multilabel else SINGLE_LABEL_METRICS
     by_probe = {"linear": self._probabilities(z), "k-NN": self.knn.predict_proba(z).numpy()}
@@ -1446,6 +1456,7 @@ def _settings(classifier):
         k=int(classifier.knn.k),
         temperature=classifier.knn.temperature,
         max_seconds=classifier.max_seconds,
+        precision=classifier.precision,
         calibration=asdict(classifier.calibration),
         card=classifier.card,
     )
@@ -1607,6 +1618,7 @@ def from_pretrained(cls: AudioClassifier, folder):
         clips=settings["clips"],
         calibration=_restored_calibration(settings["calibration"]),
         max_seconds=settings["max_seconds"],
+        precision=settings.get("precision", "32-true"),
         card=settings["card"],
     )
 

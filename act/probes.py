@@ -901,7 +901,7 @@ def probe_embedding(z, task, Cs=PENALTIES, k=20, temperature=.07, n_resamples=10
 
 # %% ../nbs/api/12_probes.ipynb #prb00033
 def probe(backbone, task, batch=64, max_seconds=None, progress=True, Cs=PENALTIES, k=20, temperature=.07,
-          n_resamples=1000):
+          n_resamples=1000, precision="32-true"):
     """Embed a task, and read the embedding with both probes.
 
     Parameters
@@ -918,6 +918,8 @@ def probe(backbone, task, batch=64, max_seconds=None, progress=True, Cs=PENALTIE
         Show a progress bar of the embedding.
     Cs, k, temperature, n_resamples
         As for `dual_probe`.
+    precision : str
+        In which the clips are embedded, see `act.embeddings.default_fabric`.
 
     Returns
     -------
@@ -930,7 +932,7 @@ def probe(backbone, task, batch=64, max_seconds=None, progress=True, Cs=PENALTIE
         anything is embedded. Or as in `act.embeddings.embed`.
     """
     from act.backbones import load_backbone     # here, as probes alone need neither encoders nor audio
-    from act.embeddings import embed
+    from act.embeddings import default_fabric, embed
     from act.tasks import load_task
     _unfitted_probes(Cs, k, temperature, n_resamples)
     if isinstance(task, str):
@@ -938,5 +940,6 @@ def probe(backbone, task, batch=64, max_seconds=None, progress=True, Cs=PENALTIE
     task.require("train", "valid", "test")
     if isinstance(backbone, (str, PathLike)):
         backbone = load_backbone(backbone)
-    z = embed(backbone, task, batch, progress=progress, max_seconds=max_seconds)
+    fabric = default_fabric(precision)
+    z = embed(backbone, task, batch, fabric, progress=progress, max_seconds=max_seconds)
     return dual_probe(*_pairs(z, task), task.classes, Cs, k, temperature, n_resamples, probe_device())

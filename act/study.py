@@ -42,7 +42,7 @@ from tqdm import tqdm
 from .backbones import load_backbone
 from .core import (DISK_FULL, REGISTRIES, ActError, cache_dir, code_of, device_kind, file_digest,
                       full_path, identity, pack_parts, unpack_parts, versions, write_atomic)
-from .embeddings import embed, fingerprint
+from .embeddings import default_fabric, embed, fingerprint
 from .geometry import GeometryError, geometry, purity
 from .metrics import METRICS, is_unknown
 from .probes import probe_device, probe_embedding
@@ -580,15 +580,16 @@ def _tuned_embedding(run, task, folder, progress):
         z = _embedded(backbone, task)
         return _TunedEmbedding(z, fields=dict(losses=[]))
     tuned = tune(backbone, task, config, folder=folder, progress=progress, inplace=True)
-    z = _embedded(tuned.backbone, task, config.max_seconds)
+    z = _embedded(tuned.backbone, task, config.max_seconds, tuned.config.precision)
     outputs = _classifier_outputs(tuned, z)
     return _TunedEmbedding(z, outputs, _tuning_fields(tuned))
 
 
-def _embedded(backbone, task, max_seconds=None):
+def _embedded(backbone, task, max_seconds=None, precision="32-true"):
     """The embedding (N, D) of all clips, if the disk has space for it."""
     _require_space(4 * len(task) * backbone.dim)        # float32
-    return embed(backbone, task, progress=False, max_seconds=max_seconds)
+    fabric = default_fabric(precision)
+    return embed(backbone, task, fabric=fabric, progress=False, max_seconds=max_seconds)
 
 # %% ../nbs/api/15_study.ipynb #stu00215
 def _require_finite(z, run):

@@ -1199,8 +1199,9 @@ def _shifted(x, lengths, offset):
     new_lengths = lengths.tolist()
     for i, (row, by, end) in enumerate(zip(x.numpy(), offset.tolist(), lengths.tolist())):
         start = max(0, by)
-        kept = row[start - by:end - start]                     # samples beyond either end are lost
-        if _energy(kept) < LEAST_ENERGY * _energy(row[:end]):
+        kept = row[start - by:end - start]
+        lost = row[end - by:end] if by > 0 else row[:-by]      # samples beyond either end
+        if _energy(lost) > (1 - LEAST_ENERGY) * _energy(row[:end]):
             continue
         last = start + len(kept)
         row[start:last] = kept                                 # numpy allows the overlap
