@@ -506,7 +506,7 @@ def test_threads_of_a_run(monkeypatch):
 # ---------------------------------------------------------------- a cache that may only be read
 
 READ = """
-import os, sys
+import encodings.cp437, os, sys                # zipfile needs the encoding; the user below may not read the interpreter
 import numpy as np
 from act.backbones import load_backbone
 from act.embeddings import embed
