@@ -1126,7 +1126,7 @@ def _tap_groups(rows, weight, stride):
         shift = first // stride
         yield view[shift:, :(last - first) * channels], shift, slice(first, last)
 
-
+# %% ../nbs/api/06_backbones.ipynb #bac00322
 class _RowConvolution(torch.autograd.Function):
     """Convolution of rows (N, C) with a weight (K, C, C') and a bias (C',) or None -> (N / stride, C')."""
 
@@ -1175,7 +1175,7 @@ def _weight_gradient(rows, weight, stride, grad):
         weight_grad[taps] = product.view_as(weight[taps])
     return weight_grad
 
-
+# %% ../nbs/api/06_backbones.ipynb #bac00323
 def _row_convolution(rows, convolution):
     """A convolution of torch (C', C, K) over rows (N, C), N a multiple of its stride -> (N / stride, C')."""
     weight = convolution.weight.to(rows.dtype).permute(2, 1, 0).contiguous()
