@@ -6,8 +6,9 @@
 __all__ = ['LORA_RANK', 'LORA_ALPHA', 'WEIGHTS', 'CONFIG', 'CARD', 'ASSETS', 'BackboneError', 'masked_mean', 'masked_max',
            'Backbone', 'register_backbone', 'tuned_share', 'set_trainable', 'load_backbone', 'Wrapped', 'all_trainable',
            'wrap', 'LogMel', 'SpeechEmbedding', 'AISFX', 'GE2E', 'MusicVGGBackbone', 'MusiCNNBackbone',
-           'LayeredBackbone', 'SpeechTransformer', 'Whisper', 'HuggingFace', 'HFWaveform', 'HFSequence', 'HFFixedSpan',
-           'HFSpectrogramTransformer', 'HFWhisper', 'HFClap', 'check_save_folder', 'list_backbones']
+           'LayeredBackbone', 'HalfLayerNorm', 'SpeechTransformer', 'Whisper', 'HuggingFace', 'HFWaveform',
+           'HFSequence', 'HFFixedSpan', 'HFSpectrogramTransformer', 'HFWhisper', 'HFClap', 'check_save_folder',
+           'list_backbones']
 
 # %% ../nbs/api/06_backbones.ipynb #bac00003
 import contextlib
@@ -1097,6 +1098,268 @@ def _position_bias(attention, clips, frames):
     windows = values.T.unfold(1, frames, 1)                       # row k: the distances from k + 1 - frames
     return windows.flip(1).expand(clips, -1, -1, -1)
 
+# %% ../nbs/api/06_backbones.ipynb #bac00302
+def _computing_type(x):
+    """The type in which the products of `x` are computed: that of autocast, or its own."""
+    kind = "cpu" if x.is_meta else x.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def _is_fast(choice, x):
+    """Whether `x` is computed in the faster way: as chosen, by default on a GPU in half precision."""
+    if choice is not None:
+        return choice
+    return x.is_cuda and _computing_type(x) in (torch.bfloat16, torch.float16)
+
+# %% ../nbs/api/06_backbones.ipynb #bac00304
+def _tap_groups(rows, weight, stride):
+    """For each product of a convolution: a view of the rows (N, C), its shift, and the first and last tap.
+
+    The weight is (K, C, C'). Yields views (N / stride - shift, taps * C).
+    """
+    channels = rows.shape[1]
+    view = rows.view(-1, stride * channels)
+    for first in range(0, len(weight), stride):
+        last = min(first + stride, len(weight))
+        shift = first // stride
+        yield view[shift:, :(last - first) * channels], shift, slice(first, last)
+
+# %% ../nbs/api/06_backbones.ipynb #bac00322
+class _RowConvolution(torch.autograd.Function):
+    """Convolution of rows (N, C) with a weight (K, C, C') and a bias (C',) or None -> (N / stride, C')."""
+
+    @staticmethod
+    def forward(ctx, rows, weight, bias, stride):
+        ctx.save_for_backward(rows, weight)
+        ctx.stride = stride
+        ctx.has_bias = bias is not None
+        for view, shift, taps in _tap_groups(rows, weight, stride):
+            matrix = weight[taps].flatten(0, 1)                   # (taps * C, C')
+            if shift:
+                outputs[:len(view)].addmm_(view, matrix)
+            elif bias is None:
+                outputs = view @ matrix
+            else:
+                outputs = torch.addmm(bias, view, matrix)
+        return outputs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        rows, weight = ctx.saved_tensors
+        grad = grad.contiguous()
+        rows_grad = _row_gradient(rows, weight, ctx.stride, grad) if ctx.needs_input_grad[0] else None
+        weight_grad = _weight_gradient(rows, weight, ctx.stride, grad) if ctx.needs_input_grad[1] else None
+        bias_grad = grad.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
+        return rows_grad, weight_grad, bias_grad, None
+
+# %% ../nbs/api/06_backbones.ipynb #bac00305
+def _row_gradient(rows, weight, stride, grad):
+    """Gradient of the rows (N, C) from that of the outputs (N / stride, C')."""
+    rows_grad = torch.empty_like(rows)
+    if len(weight) < stride:
+        rows_grad.zero_()                                         # some rows are not looked at
+    for view, shift, taps in _tap_groups(rows_grad, weight, stride):
+        matrix = weight[taps].flatten(0, 1)
+        view.addmm_(grad[:len(view)], matrix.T, beta=min(shift, 1))           # the first product replaces
+    return rows_grad
+
+
+def _weight_gradient(rows, weight, stride, grad):
+    """Gradient of the weight (K, C, C')."""
+    weight_grad = torch.empty_like(weight)
+    for view, _, taps in _tap_groups(rows, weight, stride):
+        product = view.T @ grad[:len(view)]                       # (taps * C, C')
+        weight_grad[taps] = product.view_as(weight[taps])
+    return weight_grad
+
+# %% ../nbs/api/06_backbones.ipynb #bac00323
+def _row_convolution(rows, convolution):
+    """A convolution of torch (C', C, K) over rows (N, C), N a multiple of its stride -> (N / stride, C')."""
+    weight = convolution.weight.to(rows.dtype).permute(2, 1, 0).contiguous()
+    bias = None if convolution.bias is None else convolution.bias.to(rows.dtype)
+    return _RowConvolution.apply(rows, weight, bias, convolution.stride[0])
+
+# %% ../nbs/api/06_backbones.ipynb #bac00309
+_COLUMNS = 8         # matrix units want rows of a multiple of so many values
+
+
+def _window_statistics(windows, frames):
+    """Mean (B, K) and covariance (B, K, K) of the first `frames` windows (B,) of (B, F, K), in float64."""
+    n = on_device(frames, windows.device)[:, None, None]
+    real = silence_padding(windows.double()[:, None], frames)[:, 0]
+    mean = real.sum(1, keepdim=True) / n
+    centred = silence_padding((real - mean)[:, None], frames)[:, 0]
+    covariance = centred.mT @ centred / n
+    return mean[:, 0], covariance
+
+
+def _normalised_weights(convolution, norm, windows, frames):
+    """Weights (B, C, K) and shifts (B, C) of a convolution of one channel with its norm over time."""
+    mean, covariance = _window_statistics(windows, frames)
+    weight = convolution.weight[:, 0].double()                    # (C, K)
+    variance = ((weight @ covariance) * weight).sum(2)            # (B, C)
+    scale = norm.weight * (variance + norm.eps).rsqrt()
+    weights = (weight * scale[:, :, None]).to(windows.dtype)
+    shifts = norm.bias - (weights.double() @ mean[:, :, None])[:, :, 0]
+    return weights, shifts.to(windows.dtype)
+
+
+def _widened(values):
+    """Values (..., K) with zeros behind them: K is a multiple of 8."""
+    return F.pad(values, (0, -values.shape[-1] % _COLUMNS))
+
+# %% ../nbs/api/06_backbones.ipynb #bac00310
+def _first_rows(x, lengths, block, count, dtype):
+    """The first convolution of waveforms (B, T) and its norm -> `count` vectors for each, (B * count, C).
+
+    A norm over time looks at what lies within the first `lengths` samples (B,).
+    """
+    convolution = block.conv
+    kernel, stride = convolution.kernel_size[0], convolution.stride[0]
+    normalised = isinstance(block.layer_norm, MaskedGroupNorm)
+    if normalised:
+        x = x - x.sum(1, keepdim=True) / on_device(lengths, x.device)[:, None]
+    missing = max(0, (count - 1) * stride + kernel - x.shape[1])
+    windows = F.pad(x.to(dtype), (0, missing)).unfold(1, kernel, stride)[:, :count]
+    if not normalised:
+        weight = convolution.weight[:, 0].to(dtype)
+        bias = None if convolution.bias is None else convolution.bias.to(dtype)
+        return F.linear(_widened(windows), _widened(weight), bias).flatten(0, 1)
+    frames = (lengths - kernel) // stride + 1
+    weights, shifts = _normalised_weights(convolution, block.layer_norm, windows, frames)
+    weights = torch.cat([weights, shifts[:, :, None]], 2)         # (B, C, K + 1)
+    windows = F.pad(windows, (0, 1), value=1.)
+    return torch.bmm(_widened(windows), _widened(weights).mT).flatten(0, 1)
+
+# %% ../nbs/api/06_backbones.ipynb #bac00311
+def _half_layer_norm(norm, x):
+    """Layer normalisation (..., D) in the type of `x`; its statistics are in float32."""
+    return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
+
+
+def _fast_features(extractor, x, lengths):
+    """The convolutions of torchaudio's extractor: waveforms (B, T) of `lengths` (B,) -> vectors (B, F, C)."""
+    first, *others = extractor.conv_layers
+    dtype = _computing_type(x)
+    count = (x.shape[1] - first.kernel_size) // first.stride + 1
+    multiple = math.prod(block.stride for block in others)
+    padded = -(-count // multiple) * multiple
+    with without_autocast(x):
+        rows = _first_rows(x, lengths, first, padded, dtype)
+        for index, block in enumerate(extractor.conv_layers):
+            if index:
+                rows = _row_convolution(rows, block.conv)
+                count = (count - block.kernel_size) // block.stride + 1
+            if isinstance(block.layer_norm, nn.LayerNorm):
+                rows = _half_layer_norm(block.layer_norm, rows)
+            rows = F.gelu(rows)
+    h = rows.view(len(x), padded // multiple, -1)
+    return h[:, :count]
+
+# %% ../nbs/api/06_backbones.ipynb #bac00313
+def _is_plain(module):
+    """Whether nothing was attached to a module: no hook, and no other `forward`."""
+    return not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+                or module._backward_pre_hooks or "forward" in vars(module))
+
+
+def _is_plain_convolution(convolution):
+    return (type(convolution) is nn.Conv1d and convolution.groups == 1
+            and convolution.padding == (0,) and convolution.dilation == (1,))
+
+
+def _can_be_rows(extractor):
+    """Whether the convolutions of an extractor are those that `_fast_features` computes."""
+    if not all(_is_plain(module) for module in extractor.modules()):
+        return False
+    for index, block in enumerate(extractor.conv_layers):
+        norm = block.layer_norm
+        over_time = isinstance(norm, MaskedGroupNorm)
+        if not _is_plain_convolution(block.conv) or over_time and (index or block.conv.bias is not None):
+            return False
+        if not over_time and not isinstance(norm, (nn.LayerNorm, type(None))):
+            return False
+    return extractor.conv_layers[0].conv.in_channels == 1
+
+# %% ../nbs/api/06_backbones.ipynb #bac00315
+def _fft_size(least):
+    """The next size from `least` up with no other prime factors than 2, 3 and 5, and even."""
+    size = least + least % 2
+    while True:
+        rest = size
+        for prime in (2, 3, 5):
+            while rest % prime == 0:
+                rest //= prime
+        if rest == 1:
+            return size
+        size += 2
+
+
+def _fast_positions(embedding, h):
+    """torchaudio's ConvolutionalPositionalEmbedding of h (B, F, D) by Fourier transforms, in the type of h."""
+    convolution = embedding.conv
+    clips, frames, dim = h.shape
+    kernel, groups = convolution.kernel_size[0], convolution.groups
+    size = _fft_size(frames + kernel - 1)
+    dtype = torch.promote_types(h.dtype, torch.float32)
+    with without_autocast(h):
+        weight = convolution.weight.to(dtype)                     # (D, D / groups, K)
+        filters = torch.fft.rfft(weight, size).conj()             # (D, D / groups, S)
+        filters = filters.view(groups, dim // groups, -1, filters.shape[2]).permute(0, 3, 2, 1)
+        padded = F.pad(h.mT.to(dtype), (convolution.padding[0], 0))
+        spectrum = torch.fft.rfft(padded, size)                   # (B, D, S)
+        spectrum = spectrum.view(clips, groups, dim // groups, -1).permute(1, 3, 0, 2)
+        product = spectrum @ filters                              # (groups, S, B, D / groups)
+        product = product.permute(2, 0, 3, 1).flatten(1, 2)       # (B, D, S)
+        y = torch.fft.irfft(product, size)[:, :, :frames]
+        y = y + convolution.bias.to(dtype)[:, None]
+        return F.gelu(y.to(h.dtype)).mT
+
+# %% ../nbs/api/06_backbones.ipynb #bac00318
+class HalfLayerNorm(nn.LayerNorm):
+    """Layer normalisation whose input and output are in half precision where products are; see `fast`.
+
+    Attributes
+    ----------
+    fast : bool or None
+        Always or never; None is on a GPU under autocast. The statistics are in float32 in any case.
+    """
+    fast = None
+
+    @classmethod
+    def from_layer_norm(cls, norm):
+        """The same normalisation, with the parameters of a LayerNorm."""
+        half = cls(norm.normalized_shape, norm.eps, device="meta")
+        half.weight = norm.weight
+        half.bias = norm.bias
+        return half.train(norm.training)
+
+    def forward(self, x):
+        if not _is_fast(self.fast, x):
+            return super().forward(x)
+        dtype = _computing_type(x)
+        with without_autocast(x):
+            return _half_layer_norm(self, x.to(dtype))
+
+# %% ../nbs/api/06_backbones.ipynb #bac00319
+def _halve_layer_norms(network):
+    """Replace the layer norms inside `network` by those that compute in half precision."""
+    for module in list(network.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.LayerNorm:
+                setattr(module, name, HalfLayerNorm.from_layer_norm(child))
+
+# %% ../nbs/api/06_backbones.ipynb #bac00321
+def _convolved_lengths(extractor, lengths):
+    """Vectors that the convolutions make of clips of `lengths` samples, (B,) -> (B,)."""
+    for block in extractor.conv_layers:
+        lengths = (lengths - block.kernel_size) // block.stride + 1
+        lengths = lengths.clamp(min=0)
+    return lengths
+
 # %% ../nbs/api/06_backbones.ipynb #bac00042
 class SpeechTransformer(LayeredBackbone):
     """wav2vec 2.0, HuBERT or WavLM as built by torchaudio.
@@ -1110,11 +1373,19 @@ class SpeechTransformer(LayeredBackbone):
         Layer to pool over.
     layer_drop : float
         Probability of skipping a layer while training.
+
+    Attributes
+    ----------
+    fast_convolutions, fast_positions : bool or None
+        Whether the convolutions before the layers are matrix products, and the one over positions is computed
+        by Fourier transforms; None is on a GPU in half precision.
     """
     sample_rate = 16000
     licence = "MIT"
     lr = 3e-5
     batch = 32
+    fast_convolutions = None
+    fast_positions = None
 
     def __init__(self, model, normalized, layer=None, layer_drop=0.):
         super().__init__()
@@ -1127,6 +1398,8 @@ class SpeechTransformer(LayeredBackbone):
         strides = [convolution.stride for convolution in convolutions]
         self.min_seconds = _receptive_field(kernels, strides) / self.sample_rate
         _mask_group_norms(model.feature_extractor)
+        if not self.blocks[0].layer_norm_first:
+            _halve_layer_norms(model.encoder)
         self.choose_layer(self.blocks, layer)
 
     @property
@@ -1147,6 +1420,8 @@ class SpeechTransformer(LayeredBackbone):
 def _features(self: SpeechTransformer, x, lengths):
     """Waveforms (B, T) -> features of the convolutions (B, F, C) and the number of real ones (B,)."""
     extractor = self.model.feature_extractor
+    if _is_fast(self.fast_convolutions, x) and _can_be_rows(extractor):
+        return _fast_features(extractor, x, lengths), _convolved_lengths(extractor, lengths)
     first = extractor.conv_layers[0]
     frames = (lengths - first.kernel_size) // first.stride + 1
     _set_counts(extractor, frames)                                # a group norm follows the first convolution
@@ -1174,7 +1449,9 @@ def _run_layers(self: SpeechTransformer, h, masks):
 def run_transformer(self: SpeechTransformer, h, counts):
     """Run the transformer over features (B, F, D) of which `counts` (B,) are real."""
     transformer = self.model.encoder.transformer
-    h = h + transformer.pos_conv_embed(h)
+    positions = transformer.pos_conv_embed
+    fast = _is_fast(self.fast_positions, h) and all(map(_is_plain, positions.modules()))
+    h = h + (_fast_positions(positions, h) if fast else positions(h))
     if transformer.layer_norm_first:
         h = transformer.layer_norm(h)
     h = transformer.dropout(h)
