@@ -1135,6 +1135,7 @@ class _RowConvolution(torch.autograd.Function):
         ctx.save_for_backward(rows, weight)
         ctx.stride = stride
         ctx.has_bias = bias is not None
+        outputs = None
         for view, shift, taps in _tap_groups(rows, weight, stride):
             matrix = weight[taps].flatten(0, 1)                   # (taps * C, C')
             if shift:

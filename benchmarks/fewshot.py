@@ -107,8 +107,8 @@ class Columns(dict):
 def audiosetfit(few, test, o):
     """Its trainer and its head, with the same encoder behind its interface."""
     from audiosetfit import AudioSetFitModel, Trainer, TrainingArguments
-    from tuning import peer_body
-    body = peer_body(o.backbone, o.device)
+    from tuning import audiosetfit_body
+    body = audiosetfit_body(o.backbone, o.device)
     model = AudioSetFitModel(body, LogisticRegression(), labels=list(few.classes))
     names = [few.classes[label] for label in few.labels]
     data = Columns(audio=waveforms(few, body.target_sr), label=names)
