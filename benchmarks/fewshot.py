@@ -108,7 +108,7 @@ def audiosetfit(few, test, o):
     """Its trainer and its head, with the same encoder behind its interface."""
     from audiosetfit import AudioSetFitModel, Trainer, TrainingArguments
     from tuning import audiosetfit_body
-    body = audiosetfit_body(o.backbone, o.device)
+    body = audiosetfit_body(o)
     model = AudioSetFitModel(body, LogisticRegression(), labels=list(few.classes))
     names = [few.classes[label] for label in few.labels]
     data = Columns(audio=waveforms(few, body.target_sr), label=names)
