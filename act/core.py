@@ -823,6 +823,13 @@ def _container_bytes(folder=Path("/sys/fs/cgroup")):
     return limit - int(used["anon"])
 
 # %% ../nbs/api/00_core.ipynb #cor00404
+def _is_reduced_on_cpu():
+    """Whether products on a CPU may be reduced too, as after ``set_float32_matmul_precision("high")``."""
+    import torch
+    products = getattr(torch.backends.mkldnn, "matmul", None)
+    return getattr(products, "fp32_precision", "none") not in ("none", "ieee")
+
+
 def _product_settings():
     """What sets the precision of float32 products, its present value, and the value of true float32.
 
@@ -833,9 +840,11 @@ def _product_settings():
         before = torch.get_float32_matmul_precision()
     except RuntimeError:
         before = "highest"      # of the older interface; the newer one says otherwise
+    products = torch.backends.cuda.matmul
+    if before == "high" and not _is_reduced_on_cpu():
+        return functools.partial(setattr, products, "allow_tf32"), True, False
     if before != "highest":
         return torch.set_float32_matmul_precision, before, "highest"
-    products = torch.backends.cuda.matmul
     before = getattr(products, "fp32_precision", "ieee")
     return functools.partial(setattr, products, "fp32_precision"), before, "ieee"
 

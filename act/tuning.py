@@ -590,9 +590,15 @@ def _base_rates(context):
     return classifier_head(context.dim, context.n_classes, constant)
 
 
+LEAST_PRODUCTS = 2e8        # of a forward pass that L-BFGS takes to a GPU: it waits there for every value
+
+
 def _linear_probe(context):
     head = _base_rates(context)
     z = context.frozen_embeddings()
+    is_small = z.numel() * context.n_classes < LEAST_PRODUCTS
+    if is_small and not isinstance(context.config.loss, nn.Module):
+        z = z.cpu()
     head.to(z.device)
     fit_head(head, z, context.labels.to(z.device), context.criterion)
     return head

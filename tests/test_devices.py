@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from act.backbones import _position_bias, load_backbone, masked_max, masked_mean, wrap
+from act.core import true_float32
 from act.embeddings import fingerprint
 from act.encoders import batched_features, repeat_clips
 
@@ -258,3 +259,23 @@ def test_a_reloaded_hugging_face_model_is_the_same_encoder(hub, family, tmp_path
     assert fingerprint(again) == fingerprint(backbone)
     with torch.no_grad(): next(again.parameters()).add_(1e-3)
     assert fingerprint(again) != fingerprint(backbone)
+
+
+def tf32_by_attribute(): torch.backends.cuda.matmul.allow_tf32 = True
+def tf32_by_function(): torch.set_float32_matmul_precision("high")
+def bf16_by_function(): torch.set_float32_matmul_precision("medium")
+
+
+@pytest.mark.parametrize("reduce", [tf32_by_attribute, tf32_by_function, bf16_by_function])
+def test_true_float32_leaves_the_settings_as_they_were(reduce):
+    """And such that both ways of PyTorch to set them go on working."""
+    try:
+        reduce()
+        before = torch.get_float32_matmul_precision(), torch.backends.mkldnn.matmul.fp32_precision
+        with true_float32(): assert not torch.backends.cuda.matmul.allow_tf32
+        assert (torch.get_float32_matmul_precision(), torch.backends.mkldnn.matmul.fp32_precision) == before
+        if reduce is tf32_by_attribute:
+            torch.backends.cuda.matmul.allow_tf32 = False
+            assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision("highest")

@@ -24,7 +24,7 @@ def choose(backbone, fast, norms=None):
 def gradients(backbone, x, lengths):
     z = backbone(x, lengths)
     names = dict(backbone.named_parameters())
-    weights = torch.linspace(-1, 1, z.numel(), dtype=z.dtype).view_as(z).cos()
+    weights = torch.linspace(-1, 1, z.numel(), dtype=z.dtype, device=z.device).view_as(z).cos()
     grads = torch.autograd.grad((z * weights).sum(), list(names.values()), allow_unused=True)
     return z.detach(), dict(zip(names, grads))
 
