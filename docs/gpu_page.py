@@ -124,6 +124,46 @@ def step_outcomes(folder):
     return [(step, read_json(folder / f"{step.name}.json")) for step in all_steps("cuda", folder)]
 
 
+# --- runs of profiles ---------------------------------------------------------------------------------------
+
+def scores_of(record):
+    """Test scores of the linear probe, the k-NN probe and the classifier's own head, in percent."""
+    metric = record["metric"]
+    test = record["scores"]["test"]
+    own = (record["head"] or {}).get("test") or {}
+    values = [test["linear"].get(metric), test["knn"].get(metric), own.get(metric)]
+    return ["–" if value is None else f"{100 * value:.1f}" for value in values]
+
+
+def run_row(record):
+    """What a run was, and its scores."""
+    run = record["run"]
+    options = dict(run["options"])
+    loss = options.pop("loss", None)
+    method = run["method"] if loss is None else f"{run['method']}, {loss}"
+    settings = ", ".join(f"{name} {value}" for name, value in options.items())
+    seconds = f"{record['timing']['total']:.0f}"
+    return [run["task"], run["backbone"], method, settings, run["seed"], *scores_of(record), seconds]
+
+
+def finished_runs(folder):
+    """The records of the finished runs of a profile, sorted by what they are."""
+    records = [read_json(path) for path in folder.glob("runs/*.json")]
+    done = [record for record in records if record["status"] == "done"]
+    return sorted(done, key=lambda record: [str(cell) for cell in run_row(record)[:5]])
+
+
+def runs_part(folder):
+    """Every finished run of a profile; nothing if there is none."""
+    records = finished_runs(folder)
+    if not records:
+        return ""
+    head = ["task", "encoder", "method", "settings", "seed", "linear", "k-NN", "own head", "s"]
+    about = (f"{len(records)} runs of the profile are finished. Each is one trial with one seed: no choice was made among "
+             "them yet, and there is no interval. Scores are those on test clips in percent, accuracy or mAP.")
+    return f"## Runs of the profile {folder.name}\n\n{about}\n\n{table(head, map(run_row, records))}\n"
+
+
 def gpu_page(folder=GPU_RESULTS):
     """The page as Markdown."""
     outcomes = step_outcomes(folder)
@@ -131,4 +171,5 @@ def gpu_page(folder=GPU_RESULTS):
     for step, outcome in outcomes:
         if outcome is not None and outcome["records"]:
             parts.append(records_part(step, outcome))
-    return "\n".join([*parts, SAME_AGAIN])
+    profiles = [runs_part(folder / step.profile) for step, _ in outcomes if step.profile]
+    return "\n".join([*parts, *filter(None, profiles), SAME_AGAIN])
