@@ -6,7 +6,7 @@
 __all__ = ['SUFFIXES', 'FFMPEG_SUFFIXES', 'MIN_RATE', 'MAX_RATE', 'MAX_PER_BYTE', 'BLOCK', 'QUALITY', 'TOGETHER', 'MAX_PEAK',
            'MIX_LEVEL', 'CLIPS_PER_JOB', 'SHORT', 'AudioError', 'decodable', 'Encoded', 'resample', 'read_audio',
            'audio_info', 'check_audio', 'collate', 'Clip', 'as_waveform', 'ArrayClip', 'RowClip', 'ItemClip', 'Mixture',
-           'quantised', 'waveform_keys', 'WaveCache', 'seekable', 'data_url', 'sound_address']
+           'quantised', 'as_stored', 'waveform_keys', 'WaveCache', 'seekable', 'data_url', 'sound_address']
 
 # %% ../nbs/api/02_audio.ipynb #aud00003
 import base64
@@ -950,6 +950,23 @@ def quantised(x):
     whole = np.rint(x / np.float32(factor)).clip(-32767, 32767)
     return whole.astype(np.int16), factor
 
+
+def as_stored(x):
+    """The values that a waveform has once it was stored with 16 bits.
+
+    Parameters
+    ----------
+    x : Tensor (T,)
+        float32, finite.
+
+    Returns
+    -------
+    Tensor (T,)
+        float32.
+    """
+    samples, factor = quantised(x.numpy())
+    return torch.from_numpy(samples * np.float32(factor))
+
 # %% ../nbs/api/02_audio.ipynb #aud00313
 FILE_BYTES = 2**30       # a file of a store is ended when it has reached this size
 _ENTRY = np.dtype([("key", "S32"), ("first", "i8"), ("samples", "i8"), ("factor", "f4"), ("crc", "u4")])
@@ -992,7 +1009,7 @@ def _mapped(path):
     """The samples of a file, memory-mapped."""
     if not path.stat().st_size:
         return np.empty(0, np.int16)        # cannot be mapped
-    return np.memmap(path, np.int16, "r")
+    return np.asarray(np.memmap(path, np.int16, "r"))       # slices of a plain array cost less
 
 
 def _intact(path, entries):

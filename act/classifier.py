@@ -36,7 +36,7 @@ from scipy.special import expit, log_softmax
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, confusion_matrix, precision_recall_curve
 
-from .audio import (Clip, audio_info, collate, read_audio, resample, seekable,
+from .audio import (Clip, as_stored, audio_info, collate, read_audio, resample, seekable,
                        sound_address)
 from .backbones import CONFIG, Backbone, load_backbone
 from .core import ActError, file_digest, full_path, import_extra, replacing
@@ -303,10 +303,10 @@ def _in_batches(outcomes, batch, max_samples):
 
 # %% ../nbs/api/14_classifier.ipynb #clf00021
 class _Waveforms:
-    """Waveforms in memory, read like a `WaveCache`."""
+    """Waveforms in memory, with the values that they would have in a `WaveCache`."""
 
     def __init__(self, waveforms):
-        self.waveforms = waveforms
+        self.waveforms = [as_stored(x) if x.isfinite().all() else x for x in waveforms]
         self.lengths = torch.tensor([len(x) for x in waveforms])
 
     def batch(self, indices, starts, samples, width):

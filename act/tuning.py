@@ -1200,6 +1200,13 @@ def _energy(x):
     return float(np.dot(x, x))
 
 
+def _is_mostly_lost(kept, lost):
+    """Whether less than `LEAST_ENERGY` of the energy of a clip is in the part that is kept."""
+    limit = _energy(lost) * LEAST_ENERGY / (1 - LEAST_ENERGY)
+    beginning = kept[:len(lost)]                               # short, and nearly always enough
+    return _energy(beginning) < limit and _energy(kept) < limit
+
+
 def _shifted(x, lengths, offset):
     """Shift each clip, in place, by `offset` samples (B,) within its length; returns the new lengths."""
     new_lengths = lengths.tolist()
@@ -1207,7 +1214,7 @@ def _shifted(x, lengths, offset):
         start = max(0, by)
         kept = row[start - by:end - start]
         lost = row[end - by:end] if by > 0 else row[:-by]      # samples beyond either end
-        if _energy(lost) > (1 - LEAST_ENERGY) * _energy(row[:end]):
+        if _is_mostly_lost(kept, lost):
             continue
         last = start + len(kept)
         row[start:last] = kept                                 # numpy allows the overlap
