@@ -129,7 +129,7 @@ def test_paper_page_says_which_run_it_shows(tmp_path):
     assert "make reproduce PROFILE=small ONLY=table_9" in paper_note(source, tmp_path)
     run.parent.mkdir(parents=True)
     (tmp_path / "small" / "table_9.md").write_text("| a |\n")
-    assert paper_note(source, tmp_path).startswith("| a |") and executed_paper_notebook(source, tmp_path) == source
+    assert paper_note(source, tmp_path).startswith("## Results (profile `small`)\n\n| a |") and executed_paper_notebook(source, tmp_path) == source
     run.touch()
     assert "`small`" in paper_note(source, tmp_path) and executed_paper_notebook(source, tmp_path) == run
 
