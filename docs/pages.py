@@ -145,7 +145,41 @@ def _with_headings(paths):
 
 def _artefact(path):
     if path.suffix == ".svg": return f"![{alternative_text(path) or path.stem.replace('_', ' ')}]({picture_name(path)})"
-    return path.read_text(encoding="utf-8").strip()
+    return for_readers(path.read_text(encoding="utf-8").strip())
+
+
+NUMBER = re.compile(r"[-+−]?[\d.,]*\d(?: ± [\d.]+)?(?: points)?|[-+−]?[\d.]+ to [-+−]?[\d.]+|–|not measured|")
+FROZEN_ONLY = "Encoders that were only read frozen:"
+
+
+def _as_table(head, rows):
+    """Rows of text as Markdown: numbers to the right and unbroken, the first column once for rows that share it."""
+    numeric = [all(NUMBER.fullmatch(cell) for cell in column) and any(column) for column in zip(*rows)]
+    lines = [head, ["--:" if right else ":--" for right in numeric]]
+    above = None
+    for row in rows:
+        first = "" if row[0] == above else row[0]
+        cells = [cell.replace(" ", "\u00a0") if right else cell for cell, right in zip(row[1:], numeric[1:])]
+        lines.append([first, *cells])
+        above = row[0]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines).replace("k-NN", "k\u2011NN")
+
+
+def for_readers(markdown):
+    """A committed table as a page shows it; encoders that were not tuned stand in a table of their own."""
+    lines = markdown.split("\n")
+    table = [line for line in lines if line.startswith("|")]
+    if len(table) < 3: return markdown
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    frozen = [i for i, name in enumerate(head) if name.startswith("frozen")]
+    others = [i for i, name in enumerate(head) if name.split(" ")[0] in ("vanilla", "lp-ft", "contrastive")]
+    untuned = [row for row in rows if others and frozen and all(row[i] == "–" for i in others)]
+    shown = _as_table(head, [row for row in rows if row not in untuned]) if len(untuned) < len(rows) else _as_table(head, rows)
+    if untuned and len(untuned) < len(rows):
+        kept = [i for i in range(len(head)) if i not in others]
+        shown += f"\n\n{FROZEN_ONLY}\n\n" + _as_table([head[i] for i in kept], [[row[i] for i in kept] for row in untuned])
+    start = lines.index(table[0])
+    return "\n".join([*lines[:start], shown, *lines[start + len(table):]])
 
 
 def paper_note(source, results=RESULTS):
@@ -193,6 +227,7 @@ def page_code(cell, title):
 
 def caption(markdown):
     """The first sentence of a text's last paragraph: the best description of a figure that there is."""
+    markdown = re.sub(r"<!--.*?-->", "", markdown, flags=re.S)
     plain = re.sub(r"\$\$.*?\$\$|[#>*`$|\\]|\]\([^)]*\)|\[", "", markdown, flags=re.S)
     lines = [line.strip() for line in plain.splitlines() if line.strip()]
     return "Figure. " + re.split(r"[.:;] ", lines[-1].rstrip(".:;"))[0] if lines else "Figure"
