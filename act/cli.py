@@ -24,7 +24,7 @@ from .core import DISK_FULL, ActError, ActWarning, full_path
 # %% ../nbs/api/20_cli.ipynb #cli00006
 app = typer.Typer(
     help="Audio Contrastive Tuning: tune an encoder with a contrastive loss, probe its geometry."
-         "\n\nFirst steps: act reproduce --profile quick",
+         "\n\nFirst steps: act tune my_audio/ --out my_model, then act predict my_model new/",
     no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 INTERRUPTED = 130       # the exit status of a command that Ctrl-C ended
 SYSTEM_REMEDIES = {errno.EACCES: "use files and folders that you may read and write",
@@ -47,9 +47,15 @@ def _system_message(error):
     return message
 
 
+# How errors of the library name what has a command of its own.
+AS_COMMANDS = {"act.list_backbones()": "act backbones", "act.list_tasks()": "act tasks"}
+
+
 def _exit(message, status=1):
     """End with one line on stderr."""
     line = " ".join(str(message).splitlines())
+    for function, command in AS_COMMANDS.items():
+        line = line.replace(function, command)
     typer.echo(f"act: {line}", err=True)
     sys.exit(status)
 
@@ -109,9 +115,10 @@ def reproduce(profile: str = typer.Option("quick", help="quick, small, full, or 
 
     Example: act reproduce --profile quick --only table_2
     """
-    from act.reproduce import read_profile, reproduce_all, results_folder, write_report
+    from act.reproduce import paper_notebooks, read_profile, reproduce_all, results_folder, write_report
     parameters = read_profile(profile)
     if seeds: parameters["seeds"] = seeds
+    paper_notebooks(only)           # a wrong name is said once, before anything else
     _announce(parameters, only, estimate)
     if estimate: return
     outcomes = reproduce_all(profile, only, seeds, results)
@@ -251,6 +258,19 @@ def backbones(as_json: bool = AsJson):
     columns = ["name", "sample_rate", "dim", "parameters", "gflops_per_second", "licence"]
     _print(list_backbones().reset_index(), as_json, columns)
 
+# %% ../nbs/api/20_cli.ipynb #cli00046b
+_SIZES = ("download", "unpacked")      # columns that hold bytes
+
+
+def _with_sizes(frame):
+    """A table whose sizes are text, such as 15.6 MB."""
+    from act.manifest import _readable_size
+    shown = {}
+    for name in _SIZES:
+        if name in frame:
+            shown[name] = [_readable_size(size) if size == size else "" for size in frame[name]]
+    return frame.assign(**shown)
+
 # %% ../nbs/api/20_cli.ipynb #cli00047
 @app.command()
 def fetch(names: List[str] = typer.Argument(None, help="Entries of data_manifest.yaml."),
@@ -266,14 +286,16 @@ def fetch(names: List[str] = typer.Argument(None, help="Entries of data_manifest
     from act.manifest import fetch_many, list_entries, names_of
     if listed:
         columns = ["entry", "kind", "title", "download", "unpacked", "licence", "state"]
-        return _print(list_entries().reset_index(), as_json, columns)
+        entries = list_entries().reset_index()
+        return _print(entries if as_json else _with_sizes(entries), as_json, columns)
     names = list(names or [])
     if profile: names += names_of(profile)
     if not names:
         raise ActError("name what to fetch, or give --profile; act fetch --list shows every entry")
     with _stdout_free(as_json):
         table = fetch_many(names, dry_run=dry_run, verify=verify)
-    _print(table.reset_index(), as_json)
+    table_of_names = table.reset_index()
+    _print(table_of_names if as_json else _with_sizes(table_of_names), as_json)
     _raise_unfetched(table)
 
 # %% ../nbs/api/20_cli.ipynb #cli00047a1
@@ -296,7 +318,8 @@ def _npz_file(path):
     try:
         file = np.load(full_path(path), allow_pickle=False)
     except OSError as error:
-        raise ActError(f"{path}: cannot be read ({error.strerror})") from None
+        reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise ActError(f"{path}: {reason}") from None
     except (ValueError, EOFError, BadZipFile):
         file = None
     if not isinstance(file, np.lib.npyio.NpzFile):
@@ -406,7 +429,7 @@ def read_embeddings(path):
 @app.command()
 def probe(embeddings: Path = typer.Argument(..., help="An .npz with embeddings, labels and, if any, split."),
           as_json: bool = AsJson):
-    """Read embeddings from anywhere with the linear and the k-NN probe.
+    """Read embeddings with the linear and the k-NN probe. They may come from anywhere.
 
     Example: act probe embeddings.npz
     """
@@ -531,6 +554,14 @@ def _tuned(task, folds, seed, settings):
     before = probe(settings["backbone"], task)
     return before, AudioClassifier.train(task, **settings), by_fold
 
+# %% ../nbs/api/20_cli.ipynb #cli00029b
+def _note_untunable(encoder, method):
+    """Say before anything is computed that an encoder has no weights to tune."""
+    from act.tuning import FROZEN
+    if method != FROZEN and not any(p.requires_grad for p in encoder.parameters()):
+        warnings.warn(f"{encoder.name} has no weights to tune: before and after are the same encoder; "
+                      "--method frozen says so, act backbones lists others", ActWarning, stacklevel=2)
+
 # %% ../nbs/api/20_cli.ipynb #cli00030
 @app.command()
 def tune(where: Path = typer.Argument(..., callback=_home,
@@ -551,7 +582,7 @@ def tune(where: Path = typer.Argument(..., callback=_home,
          out: Path = typer.Option(Path("tuned"), callback=_home, help="Where the classifier goes."),
          force: bool = typer.Option(False, help="Save also where there are files which act did not write."),
          as_json: bool = AsJson):
-    """Tune an encoder on your audio, probe it before and after, and save it as a classifier with its card.
+    """Tune an encoder on your audio and save it as a classifier. It is probed before and after, for its card.
 
     Example: act tune my_audio/ --backbone speech-embedding --trials 3 --out my_model
     """
@@ -562,6 +593,7 @@ def tune(where: Path = typer.Argument(..., callback=_home,
     options = _tune_options(method=method, loss=loss, passes=passes, lr=lr, batch=batch, views=views,
                             per_class=per_class, precision=precision, max_seconds=max_seconds, seed=seed)
     encoder = load_backbone(backbone)
+    _note_untunable(encoder, method)
     config = None if method == FROZEN else _trial_configs(options, trials, encoder)
     task = open_task(where)
     task.require("train", "valid", "test")
@@ -706,7 +738,7 @@ def predict(model: str = typer.Argument(..., help="A folder that act tune wrote,
             hop: Optional[float] = typer.Option(None, help="Seconds from window to window."),
             as_json: bool = typer.Option(False, "--json", help="A JSON object for each file."),
             as_csv: bool = typer.Option(False, "--csv", help="A CSV with a row for each file.")):
-    """Classify recordings with a model that act tune saved, one line for each file or window.
+    """Classify recordings with a model that act tune saved. Prints a line for each file or window.
 
     Examples: act predict my_model new_recordings/ --top 3;  act predict my_model hour.flac --window 2 --hop 1
     """
@@ -817,7 +849,7 @@ def embed(model: str = typer.Argument(..., help="A folder that act tune wrote, o
           out: Path = typer.Option(Path("embeddings.npz"), callback=_home, help="The file to write."),
           labels: bool = typer.Option(False, "--labels", help="The sub-folders of the folder are classes."),
           batch: int = typer.Option(64, min=1, help="Clips that are encoded together, at most.")):
-    """Write the embeddings of recordings into an .npz, in constant memory.
+    """Write the embeddings of recordings into an .npz. The memory it needs is constant.
 
     Examples: act embed my_model new_recordings/;  act embed log-mel my_audio/ --labels --out z.npz
     """
@@ -885,7 +917,7 @@ def compare(where: Path = typer.Argument(..., callback=_home,
             budget: Optional[float] = typer.Option(None, help="Minutes; passes, trials and seeds are cut to fit."),
             out: Path = typer.Option(Path("comparison"), callback=_home, help="Where report and classifier go."),
             as_json: bool = AsJson):
-    """Compare ways of tuning on your audio, with a report and the best one as a classifier. Resumes where it ended.
+    """Compare ways of tuning on your audio. Writes a report and the best classifier; resumes where it ended.
 
     Example: act compare my_audio/ --backbones speech-embedding,log-mel --budget 10
     """
@@ -1025,7 +1057,7 @@ def doctor(online: bool = typer.Option(False, help="Also ask every address of th
            profile: Optional[str] = typer.Option(None, help="With --online: of quick, small or full only."),
            timeout: float = typer.Option(20, min=0.1, help="With --online: seconds to wait for an answer."),
            as_json: bool = AsJson):
-    """Check Python, torch, GPU, cache, disk, mirror, manifest and number of jobs, with the remedies.
+    """Check this machine, and say how to mend it. Python, torch, GPU, cache, disk, mirror, manifest, jobs.
 
     Example: act doctor --online --profile full
     """

@@ -564,9 +564,10 @@ def _registered(name):
     if registered is not None:
         return registered
     known = [loader.shown for loader in _LOADERS.values()]
-    near = ", ".join(near_matches(name, known))
-    form = f" Its parts are written {FORM}" if re.search("[@/#:]", name) else ""
-    raise TaskError(f"unknown task {name!r}: did you mean {near}?{form}")
+    near = near_matches(name, known)
+    hint = "act tasks lists all" if len(near) == len(known) else f"did you mean {', '.join(near)}?"
+    form = f"; its parts are written {FORM}" if re.search("[@/#:]", name) else ""
+    raise TaskError(f"unknown task {name!r}: {hint}{form}")
 
 # %% ../nbs/api/03_tasks.ipynb #tas00126
 def load_task(name):

@@ -1,5 +1,7 @@
 """Sphinx: notebooks through myst-nb, docstrings through numpydoc; nothing is executed and no other host is asked."""
+import re
 import sys
+from html import escape
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,7 +12,7 @@ _settings = settings()
 project, author, release, copyright = (_settings[k] for k in ("lib_name", "author", "version", "copyright"))
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "sphinx.ext.mathjax", "numpydoc", "sphinx_copybutton"]
 default_role = "py:obj"                                                    # `name` in a docstring is a link where it can be one
-exclude_patterns = ["**.ipynb_checkpoints"]
+exclude_patterns = ["**.ipynb_checkpoints", "_notebooks/**"]
 
 nb_execution_mode = "off"
 nb_code_prompt_show = "Show the {type}"
@@ -35,14 +37,27 @@ if (REPO / "references.bib").exists():
 
 html_theme = "furo"
 html_title = f"{project} {release}"
-html_static_path = ["_static", str(_mathjax)]
+html_static_path = ["_static", str(_mathjax), "images"]
 html_css_files = ["site.css"]
+PREVIEW = "ind00009.png"                                                   # the maps of the front page
 html_favicon = "_static/icon.svg"
 html_show_sphinx = False
 copybutton_exclude = ".linenos, .gp, .go"
-html_theme_options = dict(source_repository=_settings["git_url"], source_branch=_settings["branch"], source_directory="nbs/", top_of_page_buttons=["view"])
+html_theme_options = dict(source_repository=_settings["git_url"], source_branch=_settings["branch"], source_directory="nbs/", top_of_page_buttons=[],
+                          footer_icons=[dict(name="Source code", url=_settings["git_url"], html="Source code")])
+
+
+def describe(app, pagename, templatename, context, doctree):
+    """What search engines and previews of links say of a page."""
+    site = f"{_settings['doc_host']}{_settings['doc_baseurl']}"
+    values = {"og:title": context.get("title", project), "og:description": _settings["description"], "og:image": f"{site}/_static/{PREVIEW}"}
+    tags = [f'<meta name="description" content="{escape(_settings["description"])}">']
+    tags += [f'<meta property="{name}" content="{escape(re.sub("<[^>]*>", "", value))}">' for name, value in values.items()]
+    context["metatags"] = context.get("metatags", "") + "\n".join(tags)
 
 
 def setup(app):
-    """Leave out the methods that scikit-learn generates on its estimators."""
+    """Leave out the methods that scikit-learn generates on its estimators; describe every page; take the explorer's own page along."""
+    app.config.html_static_path.append(str(Path(app.srcdir) / "_static"))
+    app.connect("html-page-context", describe)
     app.connect("autodoc-skip-member", lambda app, what, name, member, skip, options: skip or (name.startswith("set_") and name.endswith("_request")) or None)

@@ -1,5 +1,7 @@
 """Notebooks as Sphinx pages: what nbdev asks of authors, in terms that readers and myst-nb know. Nothing is executed."""
 import ast
+import csv
+import html
 import posixpath
 import re
 import runpy
@@ -64,6 +66,7 @@ def with_links(markdown, place, target):
 def _page_target(place):
     """Links from a page in `place`: pages stay relative, other files of the repository lead to where it is published."""
     def target(path):
+        if path.startswith("results/") and path.endswith(".svg"): return posixpath.relpath(f"nbs/paper/{picture_name(Path(path))}", place)
         if path.startswith("nbs/") and path.endswith((".ipynb", ".html")): return posixpath.relpath(path, place)
         return f"{settings()['git_url']}/blob/{settings()['branch']}/{path}"
     return target
@@ -78,8 +81,26 @@ def committed_table(name, results=RESULTS):
     return "\n\n".join(p.read_text(encoding="utf-8").strip() for p in found)
 
 
+VERDICTS = dict(supported="are supported", refuted="are refuted", mixed="are mixed, with rows on both sides", undecided="are undecided")
+
+
+def claims_sentence(results=RESULTS):
+    """What holds and what does not, from the committed verdicts; nothing where there are none."""
+    files = [results / p / "claims.csv" for p in SHOWN_PROFILES if (results / p / "claims.csv").exists()]
+    if not files: return ""
+    with files[0].open(encoding="utf-8", newline="") as file: rows = list(csv.DictReader(file))
+    parts = []
+    for verdict, words in VERDICTS.items():
+        named = [row["claim"] for row in rows if row["verdict"] == verdict]
+        if len(named) > 3: parts.append(f"{len(named)} {words}")
+        elif named: parts.append(f"{len(named)} {words.replace('are', 'is') if len(named) == 1 else words} (*{'*; *'.join(named)}*)")
+    return (f"**What holds so far.** Of {len(rows)} claims that the profile `{files[0].parent.name}` tests, {', '.join(parts)}. "
+            "The [claims](paper/claims.ipynb) are listed with effects, intervals and the rule of the verdicts.")
+
+
 def with_tables(markdown, results=RESULTS):
-    """`<!-- table: NAME -->` replaced by the committed table of that name."""
+    """`<!-- table: NAME -->` replaced by the committed table of that name, `<!-- claims -->` by what holds."""
+    markdown = markdown.replace("<!-- claims -->", claims_sentence(results))
     return TABLE.sub(lambda found: committed_table(found[1], results), markdown)
 
 
@@ -92,15 +113,73 @@ def executed_paper_notebook(source, results=RESULTS):
 def committed_artefacts(stem, results=RESULTS):
     """The committed tables (Markdown) and figures (SVG) of a paper notebook."""
     prefix = "_".join(stem.split("_")[:2])
-    return [p for profile in SHOWN_PROFILES for p in sorted((results / profile).glob(f"{prefix}[._]*")) if p.suffix in (".md", ".svg")]
+    found = [p for profile in SHOWN_PROFILES for p in (results / profile).glob(f"{prefix}[._]*") if p.suffix in (".md", ".svg")]
+    return sorted(found, key=lambda p: (p.parent.name, p.stem, p.suffix == ".md"))                  # a figure before its table
 
 
 def picture_name(path): return f"{path.parent.name}-{path.name}"
 
 
+ARTEFACT_HEADINGS = dict(chosen="Chosen settings", paired="Paired differences", rows="Row by row", geometry="Probes and geometry",
+                         labels="Labels", labels_paired="Labels: paired differences", maps="Maps", purity="Purity")
+
+
+def _heading(path):
+    """What stands above an artefact: which part of the page it is, and the profile of the run."""
+    parts = path.stem.split("_")
+    known = next((words for suffix, words in ARTEFACT_HEADINGS.items() if path.stem.endswith(f"_{suffix}") and len(parts) > 2), None)
+    if path.stem in ("claims_rows", "claims_geometry"): known = ARTEFACT_HEADINGS[parts[1]]
+    return f"## {known or 'Results'} (profile `{path.parent.name}`)"
+
+
+def _with_headings(paths):
+    """Artefacts, each under its heading; a figure and the table of its numbers share one."""
+    shown, above = [], None
+    for path in paths:
+        heading = _heading(path)
+        if heading != above: shown.append(heading)
+        shown.append(_artefact(path))
+        above = heading
+    return shown
+
+
 def _artefact(path):
     if path.suffix == ".svg": return f"![{alternative_text(path) or path.stem.replace('_', ' ')}]({picture_name(path)})"
-    return path.read_text(encoding="utf-8").strip()
+    return for_readers(path.read_text(encoding="utf-8").strip())
+
+
+NUMBER = re.compile(r"[-+−]?[\d.,]*\d(?: ± [\d.]+)?(?: points)?|[-+−]?[\d.]+ to [-+−]?[\d.]+|–|not measured|")
+FROZEN_ONLY = "Encoders that were only read frozen:"
+
+
+def _as_table(head, rows):
+    """Rows of text as Markdown: numbers to the right and unbroken, the first column once for rows that share it."""
+    numeric = [all(NUMBER.fullmatch(cell) for cell in column) and any(column) for column in zip(*rows)]
+    lines = [head, ["--:" if right else ":--" for right in numeric]]
+    above = None
+    for row in rows:
+        first = "" if row[0] == above else row[0]
+        cells = [cell.replace(" ", "\u00a0") if right else cell for cell, right in zip(row[1:], numeric[1:])]
+        lines.append([first, *cells])
+        above = row[0]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines).replace("k-NN", "k\u2011NN")
+
+
+def for_readers(markdown):
+    """A committed table as a page shows it; encoders that were not tuned stand in a table of their own."""
+    lines = markdown.split("\n")
+    table = [line for line in lines if line.startswith("|")]
+    if len(table) < 3: return markdown
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    frozen = [i for i, name in enumerate(head) if name.startswith("frozen")]
+    others = [i for i, name in enumerate(head) if name.split(" ")[0] in ("vanilla", "lp-ft", "contrastive")]
+    untuned = [row for row in rows if others and frozen and all(row[i] == "–" for i in others)]
+    shown = _as_table(head, [row for row in rows if row not in untuned]) if len(untuned) < len(rows) else _as_table(head, rows)
+    if untuned and len(untuned) < len(rows):
+        kept = [i for i in range(len(head)) if i not in others]
+        shown += f"\n\n{FROZEN_ONLY}\n\n" + _as_table([head[i] for i in kept], [[row[i] for i in kept] for row in untuned])
+    start = lines.index(table[0])
+    return "\n".join([*lines[:start], shown, *lines[start + len(table):]])
 
 
 def paper_note(source, results=RESULTS):
@@ -108,7 +187,7 @@ def paper_note(source, results=RESULTS):
     run = executed_paper_notebook(source, results)
     if run != source: return f"*Shown: the committed run of the profile `{run.parents[1].name}`.*"
     command, found = f"make reproduce PROFILE=small ONLY={source.stem}", committed_artefacts(source.stem, results)
-    if found: return "\n\n".join([*map(_artefact, found), f"*The cells below are shown without their outputs; `{command}` runs them.*"])
+    if found: return "\n\n".join([*_with_headings(found), "## The code", f"`{command}` makes these files; how, the notebook says, cell by cell:"])
     return f"*Shown without outputs: no run of it is committed yet. `{command}` makes one.*"
 
 
@@ -148,34 +227,59 @@ def page_code(cell, title):
 
 def caption(markdown):
     """The first sentence of a text's last paragraph: the best description of a figure that there is."""
+    markdown = re.sub(r"<!--.*?-->", "", markdown, flags=re.S)
     plain = re.sub(r"\$\$.*?\$\$|[#>*`$|\\]|\]\([^)]*\)|\[", "", markdown, flags=re.S)
     lines = [line.strip() for line in plain.splitlines() if line.strip()]
     return "Figure. " + re.split(r"[.:;] ", lines[-1].rstrip(".:;"))[0] if lines else "Figure"
 
 
-def page_cells(cells, place, names):
-    """The cells of a notebook as a page of the site shows them."""
+def without_headings(cell):
+    """The text below the headings of a cell, or None if there is none: a section that only code stands in promises too much."""
+    if cell.source.startswith("# "): return cell                                                     # the page's own title
+    cell.source = re.sub(r"^#+ .*\n*", "", cell.source, flags=re.M).strip()
+    return cell if cell.source else None
+
+
+def page_cells(cells, place, names, without_outputs=False):
+    """The cells of a notebook as a page of the site shows them; of one that was not run, code is folded and its parameters stay away."""
     title = ""
     for cell in cells:
         if cell.cell_type == "markdown":
+            if without_outputs and (cell := without_headings(cell)) is None: continue
             title = caption(cell.source)
             cell.source = with_references(with_links(with_tables(cell.source), place, _page_target(place)), names)
             yield cell
-        elif cell.cell_type == "code" and (shown := page_code(cell, title)): yield shown
+        elif without_outputs and "parameters" in cell.metadata.get("tags", ()): continue            # not those of the results above
+        elif cell.cell_type == "code" and (shown := page_code(cell, title)):
+            if without_outputs: shown.metadata.tags = sorted({*shown.metadata.tags, "hide-input"})
+            yield shown
 
 
-def _with_note(cell, note):
-    """A page's first cell with a note between its title and the rest."""
-    if not note: return [cell]
+def _with_note(cell, note, links=""):
+    """A page's first cell with links below its title, and a note after its introduction."""
     title, _, rest = cell.source.partition("\n")
-    return [new_markdown_cell(part.strip()) for part in (title, note, rest) if part.strip()]
+    return [new_markdown_cell(part.strip()) for part in (title, links, rest, note) if part.strip()]
 
 
-def write_page(source, page, place, names, below_title="", after=()):
+NOTEBOOKS = "_notebooks"                                                            # where copies to download lie
+
+
+def notebook_links(source, pages):
+    """A line that leads to a notebook as it is, here and where it is published; the copy is made."""
+    path = source.relative_to(NBS)
+    copy = pages / NOTEBOOKS / path
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(source, copy)
+    published = f"{settings()['git_url']}/blob/{settings()['branch']}/nbs/{path.as_posix()}"
+    return f"{{download}}`Download this notebook </{NOTEBOOKS}/{path.as_posix()}>` or [see it on GitHub]({published})."
+
+
+def write_page(source, page, place, names, below_title="", after=(), links=""):
     """One notebook as one page."""
     notebook = nbformat.read(source, 4)
-    first, *others = page_cells(notebook.cells, place, names)
-    notebook.cells = [*_with_note(first, below_title), *others, *map(new_markdown_cell, after)]
+    not_run = bool(below_title) and not any(c.get("outputs") for c in notebook.cells)
+    first, *others = page_cells(notebook.cells, place, names, not_run)
+    notebook.cells = [*_with_note(first, below_title, links), *others, *map(new_markdown_cell, after)]
     notebook.metadata = nbformat.from_dict({"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
                                             "language_info": {"name": "python", "pygments_lexer": "ipython3"}})
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -205,13 +309,20 @@ Explained, drawn and tested in [its notebook](../api/{notebook}).
 """
 
 
+def _public_names(module, repo=REPO):
+    """References to the public functions and classes of a module, in one line."""
+    listed = runpy.run_path(str(repo / "act" / "_modidx.py"))["d"]["syms"][module]
+    short = sorted({name.removeprefix(f"{module}.") for name in listed}, key=str.lower)
+    return " ".join(f"{{py:obj}}`{s} <{module}.{s}>`" for s in short if "." not in s and not s.startswith("_"))
+
+
 def write_reference(folder, names):
     """One page for each module, and one that lists them."""
     folder.mkdir(parents=True)
     modules = list(exported_modules())
     for notebook, module, _ in modules:
         (folder / f"{module}.md").write_text(REFERENCE.format(module=module, notebook=notebook.name), encoding="utf-8")
-    rows = "".join(f"| [{module}]({module}.md) | {with_references(sentence, names)} |\n" for _, module, sentence in modules)
+    rows = "".join(f"| [{module}]({module}.md) | {with_references(sentence, names)} {_public_names(module)} |\n" for _, module, sentence in modules)
     listed = "\n".join(module for _, module, _ in modules)
     (folder / "index.md").write_text("# Reference\n\nEvery public name, module by module, in the order in which a clip meets them.\n\n| module | |\n| --- | --- |\n"
                                      f"{rows}\n```{{toctree}}\n:hidden:\n\n{listed}\n```\n", encoding="utf-8")
@@ -234,8 +345,24 @@ def _ordered(folder, first=()):
 
 def contents(extra=()):
     """The site's table of contents, as hidden toctrees of the front page."""
-    parts = {"Guides": _ordered("guides", GUIDES), "Paper": _ordered("paper"), "Library": _ordered("api"), "Look up": ["reference/index", *extra]}
+    parts = {"Guides": _ordered("guides", GUIDES), "Paper": _ordered("paper"), "Library": _ordered("api"), "Look up": ["reference/index", *extra, f"Source code <{settings()['git_url']}>", f"Questions <{settings()['git_url']}/issues>"]}
     return [toctree(caption, entries) for caption, entries in parts.items() if entries]
+
+
+EXPLORER = "explorer.html"
+EXPLORER_FRAME = ('<iframe class="explorer" title="Embedding explorer" src="_static/explorer.html" loading="lazy" '
+                  'style="width: 100%; height: 50rem; border: 0"></iframe>')
+
+
+def write_explorer(folder):
+    """The explorer that the guide shows, as a page of its own; its frame, or nothing where the guide holds none."""
+    cells = nbformat.read(NBS / "guides" / "hear_the_embedding.ipynb", 4).cells
+    shown = [o["data"]["text/html"] for c in cells for o in c.get("outputs", ()) if "text/html" in o.get("data", {})]
+    page = next((found[1] for text in shown if (found := re.search(r'<iframe class="explorer".*?srcdoc="([^"]*)"', "".join(text), re.S))), None)
+    folder.mkdir(parents=True, exist_ok=True)
+    if page is None: return ""
+    (folder / EXPLORER).write_text(html.unescape(page), encoding="utf-8")
+    return EXPLORER_FRAME
 
 
 def write_pages(pages):
@@ -245,7 +372,7 @@ def write_pages(pages):
     for path in sorted(p for p in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts and p != NBS / "index.ipynb"):
         paper = path.parent.name == "paper"
         write_page(executed_paper_notebook(path) if paper else path, pages / path.relative_to(NBS), path.parent.relative_to(REPO).as_posix(), names,
-                   paper_note(path) if paper else "")
+                   paper_note(path) if paper else "", links=notebook_links(path, pages))
     for path in RESULTS.glob("*/*.svg"):
         if path.parent.name in SHOWN_PROFILES: shutil.copy(path, pages / "paper" / picture_name(path))
     write_reference(pages / "reference", names)
@@ -254,3 +381,7 @@ def write_pages(pages):
     (pages / "gpu.md").write_text(gpu_page(), encoding="utf-8")
     more = ["gpu", "bibliography"] if cited else ["gpu"]
     write_page(NBS / "index.ipynb", pages / "index.ipynb", "nbs", names, after=contents(more))
+    front = nbformat.read(pages / "index.ipynb", 4)
+    frame = write_explorer(pages / "_static")
+    for cell in front.cells: cell.source = cell.source.replace("<!-- explorer -->", frame)
+    nbformat.write(front, pages / "index.ipynb")

@@ -46,7 +46,7 @@ def readme(write=True):
         if cell.cell_type == "code": parts += _code(cell, title, write)
         elif cell.cell_type == "markdown":
             title = caption(cell.source)
-            parts.append(with_tables(with_links(cell.source, "nbs", _root_target)))
+            parts.append(with_links(with_tables(cell.source), "nbs", _root_target).replace("<!-- explorer -->", "").strip())
     return "\n\n".join(p for p in parts if p) + "\n"
 
 

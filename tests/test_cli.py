@@ -141,6 +141,27 @@ def test_cutting_keeps_names_and_numbers():
     assert cli._fitted(frame[["name"]], 10).splitlines()[1] == "a" * 60
 
 
+def test_sizes_are_read_at_a_glance(act):
+    status, out, _ = act("fetch", "fsdd", "--dry-run")
+    assert status == 0 and "15.6 MB" in out
+    assert json.loads(act("fetch", "fsdd", "--dry-run", "--json")[1])[0]["download"] == 15561003
+
+
+def test_short_help_is_whole(act):
+    assert "..." not in act("--help")[1].split("Commands:")[1]
+
+
+def test_errors_name_commands(act, tmp_path):
+    assert "act backbones shows all" in act("tune", "words-4", "--backbone", "lgmel", "--out", tmp_path / "out")[2]
+    assert "act tasks lists all" in act("tune", "x", "--backbone", "log-mel", "--out", tmp_path / "out")[2]
+    assert "none.npz: no such file" in one_line(act("probe", tmp_path / "none.npz"))
+    assert "no paper notebook 'nonsense'" in one_line(act("reproduce", "--only", "nonsense"))
+
+
+def test_an_encoder_without_weights_is_announced(act, tmp_path):
+    assert "log-mel has no weights to tune" in act("tune", tmp_path / "absent", "--backbone", "log-mel", "--out", tmp_path / "out")[2]
+
+
 def test_what_cannot_be_fetched_is_named_with_its_reason(act, tmp_path, monkeypatch):
     monkeypatch.setenv("ACT_CACHE", str(tmp_path))
     monkeypatch.setenv("ACT_MIRROR", str(tmp_path))
