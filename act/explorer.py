@@ -21,6 +21,7 @@ from .audio import data_url, sound_address
 from .core import ActError, full_path, import_extra, write_atomic
 from .embeddings import embed
 from .geometry import project, purity
+from .report import PALETTE
 from .tuning import TuneConfig, planned_batches, tune
 
 anywidget = import_extra("anywidget", "explorer", "the explorer")
@@ -230,7 +231,8 @@ def _maps(embeddings, seed):
     return maps
 
 # %% ../nbs/api/19_explorer.ipynb #exp00019
-_MAKE = """
+_COLOURS = json.dumps(PALETTE[:-1])         # without black, which a dark page swallows
+_MAKE = f"const COLOURS = {_COLOURS};\n" + """
 const SVG = "http://www.w3.org/2000/svg";
 const SVG_TAGS = ["svg", "circle", "line", "text", "g"];
 
@@ -244,7 +246,8 @@ function make(tag, attributes, parent) {
   return node;
 }
 
-const colour = (c, n) => `hsl(${Math.round(360 * c / n)} 70% ${c % 2 ? 60 : 42}%)`;
+const colour = c => COLOURS[c % COLOURS.length];
+const fillOf = c => Math.floor(c / COLOURS.length) % 3;     // full, ring, dashed ring
 const names = (data, i) => data.labels[i].map(c => data.classes[c]).join(" + ");
 const shares = (data, i, j) => data.labels[i].some(c => data.labels[j].includes(c));
 """
@@ -274,8 +277,8 @@ function drawMap(data, figure, id) {
   const svg = make("svg", {viewBox: "0 0 1000 1000", role: "listbox", tabindex: 0}, figure);
   const lines = make("g", {class: "lines"}, svg);
   const dots = data.labels.map((labels, i) => make("circle", {
-    r: 13, role: "option", id: `${id}-${i}`, "data-clip": i,
-    fill: colour(labels[0] ?? 0, data.classes.length), "aria-label": names(data, i),
+    r: 13, role: "option", id: `${id}-${i}`, "data-clip": i, class: `fill${fillOf(labels[0] ?? 0)}`,
+    style: `color: ${colour(labels[0] ?? 0)}`, "aria-label": names(data, i),
   }, svg));
   return {caption, svg, lines, dots, label: make("text", {class: "label"}, svg)};
 }
@@ -283,12 +286,13 @@ function drawMap(data, figure, id) {
 
 # %% ../nbs/api/19_explorer.ipynb #exp00023
 _PLACE = """
-function place(data, map, state, clip, shown) {
+function place(data, map, state, clip, pinned, shown) {
   const points = data.maps[state];
   map.dots.forEach((dot, i) => {
     dot.style.transform = `translate(${points[2 * i]}px, ${points[2 * i + 1]}px)`;
     dot.classList.toggle("away", !shown(i));
     dot.classList.toggle("chosen", i === clip);
+    dot.classList.toggle("pinned", i === pinned);
     dot.setAttribute("aria-selected", i === clip);
   });
   const share = (100 * data.purity[state]).toFixed(1);
@@ -321,15 +325,16 @@ function point(data, map, state, clip) {
 _CONTROLS = """
 function drawControls(data, root) {
   const bar = make("div", {class: "bar"}, root);
-  const slider = make("label", {text: "state of the encoder "}, bar);
+  const slider = make("label", {class: "slider", text: "state of the encoder "}, bar);
   const last = data.states.length - 1;
   const range = make("input", {type: "range", min: 0, max: last, value: last, step: 1}, slider);
   const now = make("output", {}, slider);
   const group = make("div", {class: "classes", role: "group", "aria-label": "show only these classes"}, bar);
   const all = make("button", {type: "button", text: "all", "aria-pressed": true}, group);
   const chips = data.classes.map((name, c) => {
-    const chip = make("button", {type: "button", text: name, "aria-pressed": false}, group);
-    chip.style.borderColor = colour(c, data.classes.length);
+    const chip = make("button", {type: "button", "aria-pressed": false}, group);
+    make("span", {class: `key fill${fillOf(c)}`, style: `color: ${colour(c)}`}, chip);
+    chip.append(name);
     return chip;
   });
   return {range, now, all, chips};
@@ -338,7 +343,7 @@ function drawControls(data, root) {
 
 # %% ../nbs/api/19_explorer.ipynb #exp00116
 _DETAIL = """
-const HELP = "Point at a clip to see its neighbours; click it, or press Enter, to hear it.";
+const HELP = "Point at a clip to see its neighbours; click it, or press Enter, to keep and hear it.";
 
 function drawDetail(data, root) {
   const detail = make("div", {class: "detail"}, root);
@@ -346,16 +351,26 @@ function drawDetail(data, root) {
   const text = make("div", {}, detail);
   const heading = make("p", {class: "name", "aria-live": "polite", text: HELP}, text);
   const near = [0, 1].map(() => make("p", {class: "near"}, text));
-  return {picture, heading, near, audio: make("audio", {controls: "", preload: "none"}, text)};
+  return {picture, heading, near, audio: make("audio", {controls: "", preload: "none", hidden: ""}, text)};
 }
 
 function describe(data, detail, clip, states) {
+  detail.picture.hidden = detail.audio.hidden = clip < 0;
+  if (clip < 0) {
+    detail.heading.textContent = HELP;
+    detail.near.forEach(line => line.replaceChildren());
+    detail.audio.pause();
+    return;
+  }
   const kind = j => shares(data, clip, j) ? "same" : "other";
   const neighbour = j => make("span", {text: names(data, j), class: kind(j)});
   detail.heading.textContent = names(data, clip) + (data.sources[clip] ? `, ${data.sources[clip]}` : "");
   detail.picture.src = data.pictures[clip];
   detail.picture.alt = `Mel spectrogram of ${names(data, clip)}`;
-  detail.picture.hidden = false;
+  if (detail.audio.dataset.clip !== String(clip)) {
+    detail.audio.src = data.sounds[clip];
+    detail.audio.dataset.clip = clip;
+  }
   states.forEach((state, k) => detail.near[k].replaceChildren(
     `${data.states[state]}, nearest first: `, ...data.neighbours[state][clip].map(neighbour)));
 }
@@ -374,24 +389,23 @@ function render({model, el}) {
     return drawMap(data, make("figure", {class: side}, maps), id);
   });
   const detail = drawDetail(data, root);
-  let clip = -1;
+  let pinned = -1, pointed = -1;                       // the clip that was clicked, the one under the pointer
   const states = () => [0, Number(controls.range.value)];
-  const shown = i => !only.size || data.labels[i].some(c => only.has(c));
+  const shown = i => i >= 0 && (!only.size || data.labels[i].some(c => only.has(c)));
+  const current = () => pointed >= 0 ? pointed : pinned;
   const update = () => {
-    if (clip >= 0 && !shown(clip)) clip = -1;
+    if (!shown(pinned)) pinned = -1;
+    if (!shown(pointed)) pointed = -1;
     controls.now.textContent = data.states[states()[1]];
     controls.all.setAttribute("aria-pressed", !only.size);
     controls.chips.forEach((chip, c) => chip.setAttribute("aria-pressed", only.has(c)));
-    pair.forEach((map, k) => place(data, map, states()[k], clip, shown));
-    if (clip >= 0) describe(data, detail, clip, states());
+    pair.forEach((map, k) => place(data, map, states()[k], current(), pinned, shown));
+    describe(data, detail, pinned >= 0 ? pinned : pointed, states());
   };
-  const look = i => { if (i !== clip) { clip = i; update(); } };
+  const look = i => { if (i !== pointed) { pointed = i; update(); } };
+  const pin = i => { [pinned, pointed] = [i, -1]; update(); };
   const choose = i => {
-    look(i);
-    if (detail.audio.dataset.clip !== String(i)) {
-      detail.audio.src = data.sounds[i];
-      detail.audio.dataset.clip = i;
-    }
+    pin(i);
     detail.audio.currentTime = 0;
     detail.audio.play();
     model.set("selected", i); model.save_changes();
@@ -402,23 +416,44 @@ function render({model, el}) {
     only.has(c) ? only.delete(c) : only.add(c);
     update();
   }));
-  pair.forEach((map, k) => listen(data, map, () => states()[k], shown, () => clip, look, choose));
+  pair.forEach((map, k) => listen(data, map, () => states()[k], shown, current, {look, pin, choose}));
   update();
 }
 """
 
 # %% ../nbs/api/19_explorer.ipynb #exp00118
+_NEAREST = """
+const REACH = 20;                                      // pixels between the pointer and a clip, at most
+
+function nearest(points, svg, event, shown) {
+  const box = svg.getBoundingClientRect(), unit = 1000 / box.width;
+  const x = (event.clientX - box.left) * unit, y = (event.clientY - box.top) * unit;
+  let best = -1, least = REACH * unit;
+  for (let i = 0; i < points.length / 2; i++) {
+    const distance = Math.hypot(points[2 * i] - x, points[2 * i + 1] - y);
+    if (shown(i) && distance < least) [best, least] = [i, distance];
+  }
+  return best;
+}
+"""
+
+# %% ../nbs/api/19_explorer.ipynb #exp00118b
 _LISTEN = """
-function listen(data, map, state, shown, current, look, choose) {
-  const clipOf = event => Number(event.target.dataset.clip ?? -1);
-  map.svg.addEventListener("pointerover", event => { if (clipOf(event) >= 0) look(clipOf(event)); });
-  map.svg.addEventListener("click", event => { if (clipOf(event) >= 0) choose(clipOf(event)); });
+function listen(data, map, state, shown, current, {look, pin, choose}) {
+  const under = event => nearest(data.maps[state()], map.svg, event, shown);
+  map.svg.addEventListener("pointermove", event => look(under(event)));
+  map.svg.addEventListener("pointerleave", () => look(-1));
+  map.svg.addEventListener("click", event => {
+    const dot = Number(event.target.dataset.clip ?? -1), i = dot >= 0 ? dot : under(event);
+    i >= 0 ? choose(i) : pin(-1);
+  });
   map.svg.addEventListener("keydown", event => {
     if (event.key.startsWith("Arrow")) {
       const first = data.labels.findIndex((_, i) => shown(i));
-      look(current() < 0 ? first : towards(data.maps[state()], current(), event.key, shown));
+      pin(current() < 0 ? first : towards(data.maps[state()], current(), event.key, shown));
     }
     else if ((event.key === "Enter" || event.key === " ") && current() >= 0) choose(current());
+    else if (event.key === "Escape") pin(-1);
     else return;
     event.preventDefault();
   });
@@ -429,40 +464,75 @@ function listen(data, map, state, shown, current, look, choose) {
 _STYLE = """
 .act-explorer { font: 14px/1.45 system-ui, sans-serif; max-width: 75rem; }
 .act-explorer .title { font-weight: 600; margin: 0 0 .4em; }
+.act-explorer .slider, .act-explorer output { white-space: nowrap; }
+.act-explorer .slider { display: flex; flex-wrap: wrap; align-items: center; gap: .5em; }
 .act-explorer .bar { display: flex; flex-direction: column; gap: .5em; }
 .act-explorer .classes { display: flex; flex-wrap: wrap; gap: .25em; max-height: 6.5em; }
 .act-explorer .classes { overflow-y: auto; padding: 2px; }
 .act-explorer button { font: inherit; color: inherit; background: none; cursor: pointer; }
-.act-explorer button { border: 2px solid; border-radius: 1em; padding: 0 .6em; }
+.act-explorer button { border: 1px solid; border-radius: 1em; padding: .1em .6em; }
+.act-explorer .key { display: inline-block; width: .6em; height: .6em; border-radius: 50%; margin-right: .4em; }
+.act-explorer .key { border: 2px solid; }
+.act-explorer .key.fill0 { background: currentColor; } .act-explorer .key.fill2 { border-style: dotted; }
 .act-explorer button[aria-pressed=true] { background: #3f7fbf; color: #fff; }
 .act-explorer .maps { display: grid; grid-template-columns: 1fr 1fr; gap: 1em; }
 .act-explorer figure { margin: .6em 0; min-width: 0; }
 .act-explorer figcaption { font-size: .9em; }
 .act-explorer svg { width: 100%; border: 1px solid #8886; border-radius: 4px; }
-.act-explorer circle { cursor: pointer; fill-opacity: .85; transition: transform .4s; }
-.act-explorer circle.away { fill-opacity: .07; pointer-events: none; }
-.act-explorer circle.chosen { stroke: currentColor; stroke-width: 7px; }
+.act-explorer svg { cursor: pointer; touch-action: manipulation; }
+.act-explorer circle { fill: currentColor; stroke: currentColor; stroke-width: 5px; transition: transform .4s; }
+.act-explorer circle.fill1, .act-explorer circle.fill2 { fill-opacity: 0; }
+.act-explorer circle.fill2 { stroke-dasharray: 8 5; }
+.act-explorer circle.away { opacity: .1; pointer-events: none; }
+.act-explorer circle.chosen { stroke: CanvasText; stroke-width: 9px; }
+.act-explorer circle.pinned { r: 20px; }
 .act-explorer line { stroke-width: 4px; }
 .act-explorer line.same { stroke: #2a8; } .act-explorer line.other { stroke: #d55; stroke-dasharray: 14 8; }
 .act-explorer .label { font-size: 40px; font-weight: 600; fill: currentColor; pointer-events: none; }
 .act-explorer .label { paint-order: stroke; stroke: #8884; stroke-width: 6px; }
 .act-explorer .detail { display: flex; gap: 1em; align-items: flex-start; min-height: 9.5em; }
+.act-explorer [hidden] { display: none; }
 .act-explorer .detail img { width: 14em; height: 8.5em; image-rendering: pixelated; }
 .act-explorer p { margin: .15em 0; } .act-explorer .name { font-weight: 600; }
 .act-explorer .near span { margin-right: .7em; }
 .act-explorer .near .same::before { content: "= "; color: #2a8; }
 .act-explorer .near .other::before { content: "\\2260 "; color: #d55; }
 .act-explorer :focus-visible { outline: 3px solid #3f7fbf; outline-offset: 1px; }
-@media (max-width: 40rem) { .act-explorer .maps { grid-template-columns: 1fr; } }
+@media (max-width: 40rem) {
+  .act-explorer .maps { grid-template-columns: 1fr; }
+  .act-explorer .detail { flex-direction: column; }
+  .act-explorer .detail img, .act-explorer audio { width: 100%; }
+  .act-explorer circle { r: 22px; } .act-explorer circle.pinned { r: 30px; }
+  .act-explorer .label { font-size: 60px; }
+}
 @media (prefers-reduced-motion: reduce) { .act-explorer circle { transition: none; } }
 """
 
+# %% ../nbs/api/19_explorer.ipynb #exp00123
+_FRAMED = """
+const frame = window.frameElement;                     // null where the page stands by itself
+if (frame) {
+  const root = document.documentElement, outer = frame.ownerDocument.body;
+  const fit = () => { frame.style.height = `${root.offsetHeight + 4}px`; };
+  const dress = () => {
+    const {theme, jpThemeLight} = outer.dataset;       // of Furo, of JupyterLab
+    const chosen = jpThemeLight ? (jpThemeLight === "true" ? "light" : "dark") : theme;
+    root.style.colorScheme = ["light", "dark"].includes(chosen) ? chosen : "light dark";
+  };
+  new ResizeObserver(fit).observe(document.body);
+  new MutationObserver(dress).observe(outer, {attributeFilter: ["data-theme", "data-jp-theme-light"]});
+  dress();
+}
+"""
+
 # %% ../nbs/api/19_explorer.ipynb #exp00031
-_SCRIPT = "".join((_MAKE, _TOWARDS, _MAP, _PLACE, _POINT, _CONTROLS, _DETAIL, _RENDER, _LISTEN))
+_SCRIPT = "".join((_MAKE, _TOWARDS, _MAP, _PLACE, _POINT, _CONTROLS, _DETAIL, _RENDER, _NEAREST, _LISTEN))
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title>
-<style>:root {{ color-scheme: light dark; }} body {{ margin: 1em; }}{style}</style></head>
+<style>
+:root {{ color-scheme: light dark; background: Canvas; color: CanvasText; }}
+body {{ margin: 1em; }}{style}</style></head>
 <body><main></main><script type="application/json">{data}</script>
 <script type="module">{script}
 const values = {{data: JSON.parse(document.querySelector("script[type='application/json']").textContent)}};
@@ -472,7 +542,7 @@ const model = {{
   save_changes() {{}},
 }};
 render({{model, el: document.querySelector("main")}});
-</script></body></html>
+{framed}</script></body></html>
 """
 
 # %% ../nbs/api/19_explorer.ipynb #exp00119
@@ -484,6 +554,7 @@ def _page(data):
         title=html.escape(title),
         style=_STYLE,
         script=_SCRIPT,
+        framed=_FRAMED,
         data=content,
     )
 

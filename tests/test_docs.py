@@ -470,6 +470,91 @@ def test_explorer_works_by_keyboard_alone(maps):
     assert shown(maps, name)
 
 
+def centre_of(browser, dot):
+    """The middle of a clip in the window, in pixels."""
+    return browser.execute_script("const b = arguments[0].getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]", dot)
+
+
+def pointer(browser, kind, dot, away=0):
+    """A pointer event at so many pixels from a clip, as the map sees it."""
+    x, y = centre_of(browser, dot)
+    script = "arguments[0].closest('svg').dispatchEvent(new PointerEvent(arguments[1], {bubbles: true, clientX: arguments[2], clientY: arguments[3]}))"
+    browser.execute_script(script, dot, kind, x + away, y)
+
+
+@pytest.mark.browser
+def test_explorer_shows_the_clip_that_it_plays(maps):
+    clip = "document.querySelector('audio').dataset.clip"
+    dots = maps.find_elements("css selector", ".before circle")
+    pointer(maps, "click", dots[5])
+    pinned = shown(maps, clip)
+    other = next(d for d in dots if d.get_attribute("data-clip") != pinned)
+    pointer(maps, "pointermove", other)
+    pointer(maps, "pointerleave", other)
+    assert shown(maps, clip) == pinned                                                     # the panel stays with its sound
+    assert shown(maps, "document.querySelector('circle.pinned').dataset.clip") == pinned
+    label = maps.find_element("css selector", f".before circle[data-clip='{pinned}']").get_attribute("aria-label")
+    assert shown(maps, "document.querySelector('.detail .name').textContent").startswith(label)
+    chip = next(c for c in maps.find_elements("css selector", ".classes button")[1:] if c.text != label)
+    chip.click()                                                                           # a filter that hides it
+    assert not maps.find_element("css selector", ".detail img").is_displayed()
+    assert not maps.find_element("css selector", "audio").is_displayed()
+
+
+@pytest.mark.browser
+def test_explorer_takes_the_nearest_clip(maps):
+    dot = maps.find_elements("css selector", ".before circle")[3]
+    pointer(maps, "pointermove", dot, away=2)
+    assert maps.find_elements("css selector", ".before circle.chosen")
+    pointer(maps, "pointermove", dot, away=5000)
+    assert not maps.find_elements("css selector", ".before circle.chosen")
+
+
+@pytest.mark.browser
+def test_explorer_in_a_frame_follows_the_outer_theme_and_its_own_height(browser, explorer, tmp_path):
+    import html
+    page = explorer.save(tmp_path / "maps.html").read_text(encoding="utf-8")
+    frame = explorer._repr_mimebundle_()[0]["text/html"]
+    assert html.escape(page) in frame
+    outer = tmp_path / "outer.html"
+    outer.write_text(f"<!doctype html><body data-theme='light'>{frame}</body>", encoding="utf-8")
+    browser.get(outer.as_uri())
+    inner = "document.querySelector('iframe').contentDocument"
+    until(lambda: shown(browser, f"{inner}.querySelectorAll('.after circle').length"))
+    colours = []
+    for theme in ("light", "dark"):
+        browser.execute_script("document.body.dataset.theme = arguments[0]", theme)
+        colours.append(until(lambda: shown(browser, f"{inner}.documentElement.style.colorScheme === '{theme}' && "    # noqa: B023
+                                                    f"getComputedStyle({inner}.documentElement).backgroundColor")))
+    assert colours[0] != colours[1]
+    slack = "document.querySelector('iframe').clientHeight - document.querySelector('iframe').contentDocument.documentElement.offsetHeight"
+    until(lambda: 0 <= shown(browser, slack) <= 8)
+
+
+WIDTHS = (390, 768, 1024, 1180, 1366, 1440, 1920)
+
+
+def at_width(browser, width):
+    """A window whose content is so many pixels wide."""
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", dict(width=width, height=900, deviceScaleFactor=1, mobile=False))
+
+
+@pytest.mark.browser
+def test_no_page_is_wider_than_the_window(browser, address):
+    too_wide = []
+    try:
+        for page in ("index.html", "paper/table_2_single_label.html", "guides/hear_the_embedding.html", "api/08_losses.html"):
+            browser.get(f"{address}/{page}")
+            for width in WIDTHS:
+                at_width(browser, width)
+                cut = browser.execute_script("""const w = document.documentElement.clientWidth;
+                    const parts = [...document.querySelectorAll('article, .toc-drawer')].filter(e => getComputedStyle(e).position !== 'fixed');
+                    return parts.map(e => e.getBoundingClientRect().right - w).filter(x => x > 1);""")
+                too_wide += [f"{page} at {width}: {over:.0f} px" for over in cut]
+    finally: browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert not too_wide, "\n".join(too_wide)
+
+
 # --- in JupyterLab ------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
