@@ -37,12 +37,23 @@ html_theme = "furo"
 html_title = f"{project} {release}"
 html_static_path = ["_static", str(_mathjax)]
 html_css_files = ["site.css"]
+html_js_files = [("site.js", {"defer": "defer"})]
 html_favicon = "_static/icon.svg"
 html_show_sphinx = False
 copybutton_exclude = ".linenos, .gp, .go"
 html_theme_options = dict(source_repository=_settings["git_url"], source_branch=_settings["branch"], source_directory="nbs/", top_of_page_buttons=["view"])
 
 
+def name_for_screen_readers(app, pagename, templatename, context, doctree):
+    """Mend what Furo and myst-nb tell screen readers: captions of the contents lack a level, and a folded cell's name hides what it says."""
+    captions = 'class="caption" role="heading"'
+    if context.get("furo_navigation_tree"):
+        context["furo_navigation_tree"] = context["furo_navigation_tree"].replace(captions, f'{captions} aria-level="2"')
+    if context.get("body"):
+        context["body"] = context["body"].replace('<summary aria-label="Toggle hidden content">', "<summary>")
+
+
 def setup(app):
-    """Leave out the methods that scikit-learn generates on its estimators."""
+    """Leave out the methods that scikit-learn generates on its estimators, and mend pages after the theme has filled them."""
+    app.connect("html-page-context", name_for_screen_readers, priority=900)
     app.connect("autodoc-skip-member", lambda app, what, name, member, skip, options: skip or (name.startswith("set_") and name.endswith("_request")) or None)
