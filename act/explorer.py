@@ -474,7 +474,7 @@ _STYLE = """
 .act-explorer .key { display: inline-block; width: .6em; height: .6em; border-radius: 50%; margin-right: .4em; }
 .act-explorer .key { border: 2px solid; }
 .act-explorer .key.fill0 { background: currentColor; } .act-explorer .key.fill2 { border-style: dotted; }
-.act-explorer button[aria-pressed=true] { background: #3f7fbf; color: #fff; }
+.act-explorer button[aria-pressed=true] { background: #2f6fae; color: #fff; }
 .act-explorer .maps { display: grid; grid-template-columns: 1fr 1fr; gap: 1em; }
 .act-explorer figure { margin: .6em 0; min-width: 0; }
 .act-explorer figcaption { font-size: .9em; }

@@ -39,6 +39,7 @@ html_theme = "furo"
 html_title = f"{project} {release}"
 html_static_path = ["_static", str(_mathjax), "images"]
 html_css_files = ["site.css"]
+html_js_files = [("site.js", {"defer": "defer"})]
 PREVIEW = "ind00009.png"                                                   # the maps of the front page
 html_favicon = "_static/icon.svg"
 html_show_sphinx = False
@@ -56,8 +57,18 @@ def describe(app, pagename, templatename, context, doctree):
     context["metatags"] = context.get("metatags", "") + "\n".join(tags)
 
 
+def name_for_screen_readers(app, pagename, templatename, context, doctree):
+    """Mend what Furo and myst-nb tell screen readers: captions of the contents lack a level, and a folded cell's name hides what it says."""
+    captions = 'class="caption" role="heading"'
+    if context.get("furo_navigation_tree"):
+        context["furo_navigation_tree"] = context["furo_navigation_tree"].replace(captions, f'{captions} aria-level="2"')
+    if context.get("body"):
+        context["body"] = context["body"].replace('<summary aria-label="Toggle hidden content">', "<summary>")
+
+
 def setup(app):
-    """Leave out the methods that scikit-learn generates on its estimators; describe every page; take the explorer's own page along."""
+    """Leave out the methods that scikit-learn generates on its estimators; describe every page and mend it after the theme; take the explorer's own page along."""
     app.config.html_static_path.append(str(Path(app.srcdir) / "_static"))
     app.connect("html-page-context", describe)
+    app.connect("html-page-context", name_for_screen_readers, priority=900)
     app.connect("autodoc-skip-member", lambda app, what, name, member, skip, options: skip or (name.startswith("set_") and name.endswith("_request")) or None)

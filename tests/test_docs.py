@@ -391,6 +391,158 @@ def test_dark_mode_changes_the_background(browser, address):
     assert browser.find_elements("css selector", "button.theme-toggle")
 
 
+# --- clicking through, in wide and narrow windows, light and dark -------------------------------------------------------
+
+WINDOWS = [(width, theme) for width in (1440, 390) for theme in ("light", "dark")]
+
+
+def named(window): return f"{window[0]}-{window[1]}"
+
+
+def be_window(browser, width, theme):
+    """Make the window so many pixels wide, a phone's if narrow, on a system of that theme."""
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", dict(width=width, height=900, deviceScaleFactor=1, mobile=width < 600))
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": theme}]})
+
+
+def be_usual(browser):
+    """Undo `be_window`."""
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+@pytest.fixture
+def window(browser, address, request):
+    """The home page in such a window, as who comes for the first time sees it."""
+    be_window(browser, *request.param)
+    browser.get(f"{address}/index.html")
+    browser.execute_script("localStorage.clear()")
+    complaints(browser, address)
+    browser.refresh()
+    yield browser
+    browser.execute_script("localStorage.clear()")
+    be_usual(browser)
+
+
+def heading(browser): return shown(browser, "document.querySelector('h1')?.firstChild.textContent ?? ''")
+
+
+def click(browser, element):
+    """Click what a reader sees, after the drawer that holds it has slid in."""
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
+    inside = "const b = arguments[0].getBoundingClientRect(); return b.left >= 0 && b.right <= innerWidth"
+    until(lambda: element.is_displayed() and browser.execute_script(inside, element))
+    element.click()
+
+
+def open_contents(browser):
+    """Show the contents and the search, which a narrow window folds away."""
+    menu = browser.find_element("css selector", ".mobile-header label.nav-overlay-icon")
+    if menu.is_displayed(): menu.click()
+
+
+def follow(browser, title):
+    """Go to a page by its name in the contents."""
+    open_contents(browser)
+    click(browser, browser.find_element("xpath", f"//div[@class='sidebar-tree']//a[.='{title}']"))
+    until(lambda: heading(browser) == title)
+
+
+def is_dark(browser):
+    """Whether the page's background is darker than grey."""
+    colour = shown(browser, "getComputedStyle(document.body).backgroundColor")
+    return max(int(part) for part in re.findall(r"\d+", colour)[:3]) < 128
+
+
+def press_theme(browser):
+    """Press the button for the theme: the first press shows the other one."""
+    click(browser, next(b for b in browser.find_elements("css selector", "button.theme-toggle") if b.is_displayed()))
+
+
+def scrolls_sideways(browser):
+    """What scrolls sideways and is neither a table nor code: the page itself, or a part of it."""
+    return browser.execute_script("""const found = [], may = ".table-wrapper, .cell_output, pre";
+        const page = document.documentElement;
+        if (page.scrollWidth > page.clientWidth) found.push(`the page, ${page.scrollWidth} px in ${page.clientWidth}`);
+        for (const part of document.querySelectorAll("article, article *")) {
+            const moves = ["auto", "scroll"].includes(getComputedStyle(part).overflowX);
+            if (moves && part.scrollWidth > part.clientWidth + 1 && !part.matches(may)) found.push(part.outerHTML.slice(0, 100));
+        }
+        return found;""")
+
+
+TABLE, EXPLORER = "Table 2. Single-label tasks", "Hear the embedding"
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("window", WINDOWS, ids=named, indirect=True)
+def test_a_reader_clicks_through(window, address, request):
+    theme = request.node.callspec.params["window"][1]
+    home = heading(window)
+    assert is_dark(window) == (theme == "dark")
+    assert not scrolls_sideways(window)
+    for title in ("First steps", TABLE, EXPLORER):
+        follow(window, title)
+        assert not scrolls_sideways(window), title
+    frame = "document.querySelector('iframe.explorer').contentDocument"
+    until(lambda: shown(window, f"{frame}.querySelectorAll('.after circle').length"))
+    for title in (TABLE, "First steps", home):
+        window.back()
+        until(lambda: heading(window) == title)                               # noqa: B023
+    press_theme(window)
+    assert is_dark(window) == (theme == "light")
+    follow(window, TABLE)
+    assert is_dark(window) == (theme == "light")                              # the choice goes along
+    assert not complaints(window, address)
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("window", [WINDOWS[0], WINDOWS[-1]], ids=named, indirect=True)
+def test_a_reader_searches(window, address):
+    open_contents(window)
+    field = window.find_element("css selector", "input.sidebar-search")
+    click(window, field)
+    field.send_keys("jaccard\n")
+    found = until(lambda: window.find_elements("css selector", "#search-results li a"))
+    assert not scrolls_sideways(window)
+    target = found[0].get_attribute("href")
+    click(window, found[0])
+    until(lambda: urldefrag(window.current_url)[0] == urldefrag(target.split("?")[0])[0])
+    assert "jaccard" in shown(window, "document.querySelector('article').textContent.toLowerCase()")
+    assert not complaints(window, address)
+
+
+# --- for readers who do not see, or do not point ------------------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def axe():
+    """The source of axe-core, from a wheel, or a skip that says what is missing."""
+    package = pytest.importorskip("axe_core_python", reason="accessibility is not tested: pip install axe-core-python")
+    return (Path(package.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
+
+
+GRAVE = ("serious", "critical")
+ALSO_GRAVE = ("scrollable-region-focusable", "label-content-name-mismatch")       # serious in later versions of axe-core
+
+
+def violations(browser, axe):
+    """What axe-core finds grave in a page, one line for each part of it."""
+    browser.execute_script(axe)
+    found = browser.execute_async_script("axe.run(document, {resultTypes: ['violations']}).then(r => arguments[0](r.violations))")
+    grave = [rule for rule in found if rule["impact"] in GRAVE or rule["id"] in ALSO_GRAVE]
+    return [f"{rule['id']}: {node['html'][:150]}" for rule in grave for node in rule["nodes"]]
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("window", [WINDOWS[0], WINDOWS[-1]], ids=named, indirect=True)
+def test_axe_finds_nothing_serious_on_the_site(window, address, axe):
+    found = {}
+    for page in ("index", "paper/table_2_single_label", "guides/hear_the_embedding"):
+        window.get(f"{address}/{page}.html")
+        found[page] = violations(window, axe)
+    assert not any(found.values()), "\n".join(f"{page}: {line}" for page, lines in found.items() for line in lines)
+
+
 # --- the explorer -------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="session")
@@ -541,12 +693,18 @@ def test_explorer_in_a_frame_follows_the_outer_theme_and_its_own_height(browser,
     until(lambda: 0 <= shown(browser, slack) <= 8)
 
 
+@pytest.mark.browser
+@pytest.mark.parametrize("width, theme", [WINDOWS[0], WINDOWS[-1]])
+def test_axe_finds_nothing_serious_in_the_explorer(maps, axe, width, theme):
+    try:
+        be_window(maps, width, theme)
+        pointer(maps, "click", maps.find_elements("css selector", ".before circle")[5])    # the panel is full
+        found = violations(maps, axe)
+    finally: be_usual(maps)
+    assert not found, "\n".join(found)
+
+
 WIDTHS = (390, 768, 1024, 1180, 1366, 1440, 1920)
-
-
-def at_width(browser, width):
-    """A window whose content is so many pixels wide."""
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", dict(width=width, height=900, deviceScaleFactor=1, mobile=False))
 
 
 @pytest.mark.browser
@@ -556,12 +714,12 @@ def test_no_page_is_wider_than_the_window(browser, address):
         for page in ("index.html", "paper/table_2_single_label.html", "guides/hear_the_embedding.html", "api/08_losses.html"):
             browser.get(f"{address}/{page}")
             for width in WIDTHS:
-                at_width(browser, width)
+                be_window(browser, width, "light")
                 cut = browser.execute_script("""const w = document.documentElement.clientWidth;
                     const parts = [...document.querySelectorAll('article, .toc-drawer')].filter(e => getComputedStyle(e).position !== 'fixed');
                     return parts.map(e => e.getBoundingClientRect().right - w).filter(x => x > 1);""")
                 too_wide += [f"{page} at {width}: {over:.0f} px" for over in cut]
-    finally: browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    finally: be_usual(browser)
     assert not too_wide, "\n".join(too_wide)
 
 
