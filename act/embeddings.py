@@ -420,8 +420,12 @@ def prefetched(make, items, device, depth=2):
     Yields
     ------
     object
-        What `make` returned. An error of `make` or `items` is raised at its place in the order.
-        The thread ends with the generator: exhausted, closed, or forgotten.
+        What `make` returned. The thread ends with the generator: exhausted, closed, or forgotten.
+
+    Raises
+    ------
+    Exception
+        What `make` or `items` raised, at its place in the order.
     """
     device = torch.device(device)
     ready = queue.Queue(depth)

@@ -707,7 +707,7 @@ def graph_leaves(value):
 
     Parameters
     ----------
-    value : Tensor
+    value : Tensor (...)
         With a graph, or without one.
 
     Returns
