@@ -350,8 +350,9 @@ def complaints(browser, home):
 
 
 @pytest.mark.browser
-def test_every_page_loads_its_images_and_asks_no_other_host(browser, address, site, pages):
+def test_every_page_fits_a_phone_loads_its_images_and_asks_no_other_host(browser, address, site, pages):
     complaints(browser, address)
+    be_window(browser, 390, "light")
     broken = []
     for path in sorted(p for p in pages if "_modules" not in p.parts):
         browser.get(f"{address}/{path.relative_to(site).as_posix()}")
@@ -359,7 +360,9 @@ def test_every_page_loads_its_images_and_asks_no_other_host(browser, address, si
             images.forEach(image => { image.loading = "eager"; });
             Promise.allSettled(images.map(image => image.decode())).then(() => done(images.filter(i => !i.naturalWidth).map(i => i.src)));""")
         broken += [f"{path.name}: image {src[:100]}" for src in lost]
+        broken += [f"{path.name}: scrolls sideways: {part}" for part in scrolls_sideways(browser)]
         broken += [f"{path.name}: {c}" for c in complaints(browser, address)]
+    be_usual(browser)
     assert not broken, "\n".join(broken)
 
 
@@ -460,8 +463,8 @@ def press_theme(browser):
 
 
 def scrolls_sideways(browser):
-    """What scrolls sideways and is neither a table nor code: the page itself, or a part of it."""
-    return browser.execute_script("""const found = [], may = ".table-wrapper, .cell_output, pre";
+    """What scrolls sideways and is no table, code or formula: the page itself, or a part of it."""
+    return browser.execute_script("""const found = [], may = ".table-wrapper, .math-wrapper, .cell_output, pre";
         const page = document.documentElement;
         if (page.scrollWidth > page.clientWidth) found.push(`the page, ${page.scrollWidth} px in ${page.clientWidth}`);
         for (const part of document.querySelectorAll("article, article *")) {

@@ -1,5 +1,5 @@
-// Code and tables that are wider than the column scroll sideways. Tab reaches those that do, so that the arrow keys can move them.
-const SCROLLS = "article pre, article .table-wrapper, article .cell_output";
+// Code, tables and formulas that are wider than the column scroll sideways. Tab reaches those that do, so that the arrow keys can move them.
+const SCROLLS = "article pre, article .table-wrapper, article .math-wrapper, article .cell_output";
 
 function admitTab() {
   for (const part of document.querySelectorAll(SCROLLS)) {
