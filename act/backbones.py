@@ -453,6 +453,8 @@ def load_backbone(name_or_folder, pretrained=True, trainable=None, **options):
     BackboneError
         If there is no backbone or option of that name, or the folder is damaged.
     """
+    if not isinstance(name_or_folder, (str, os.PathLike)):
+        raise BackboneError(f"load_backbone takes a name or a folder, not {type(name_or_folder).__name__}")
     name = str(name_or_folder)
     folder = full_path(name)
     if name not in _BUILDERS and folder.is_dir():

@@ -39,7 +39,7 @@ from .probes import PENALTIES, KNNProbe, LinearProbe, probe_device
 from .report import alternative_text, picture
 from .study import GEOMETRY_CLIPS, Store, _threads, code_digest, default_jobs, provenance, run_threads
 from .tasks import OWN_DATA, SHARES, SPLITS, Clip, list_tasks, load_task
-from .tuning import AUTO, EncoderWithHead, chosen_precision, classifier_head
+from .tuning import EncoderWithHead, chosen_precision, classifier_head
 
 # %% ../nbs/api/18_reproduce.ipynb #cli00008
 class ReproduceError(ActError):
@@ -779,9 +779,7 @@ def encoder_speeds(backbone, precision="32-true", seconds=4., rows=4, steps=2):
         If the encoder cannot be built or does not fit into the memory.
     """
     encoder = load_backbone(backbone, pretrained=False)
-    if precision == AUTO:
-        precision = chosen_precision(encoder)
-    fabric = default_fabric(precision)
+    fabric = default_fabric(chosen_precision(encoder, precision=precision))
     sample_rate, dim = encoder.sample_rate, encoder.dim
     model = EncoderWithHead(encoder, classifier_head(dim, 2)).to(fabric.device)
     model = fabric.setup(model)

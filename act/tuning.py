@@ -41,7 +41,8 @@ from .core import ActError, ActWarning, Registry, cache_path, code_of, full_path
 from .core import libraries_of, near_matches, replacing, versions
 from .encoders import on_device, valid_frames
 from .embeddings import (batches_by_length, clip_costs, computing_on, default_fabric, fast_matmul,
-                            fingerprint, frozen_embeddings, prefetched, rounded_length, samples_per_batch)
+                            fingerprint, frozen_embeddings, prefetched, rounded_length, samples_per_batch,
+                            warn_of_long_clips)
 from .losses import (CLASSIFICATION_LOSSES, CONTRASTIVE_LOSSES, ContrastiveLoss,
                         binary_cross_entropy, cached_step, count_positives, gathered_loss,
                         graph_leaves, valid_anchors)
@@ -1006,8 +1007,8 @@ def _bf16_gain(backbone):
 LEAST_BF16_GAIN = 1.3
 
 
-def chosen_precision(backbone, device=None):
-    """The precision that ``precision="auto"`` stands for.
+def chosen_precision(backbone, device=None, precision=AUTO):
+    """The precision that a setting stands for, which may be ``"auto"``.
 
     Parameters
     ----------
@@ -1015,13 +1016,17 @@ def chosen_precision(backbone, device=None):
         The encoder; only its layers and the shapes of its weights count.
     device : torch.device, optional
         Where it will be tuned; by default a GPU if there is one.
+    precision : str
+        The setting; any but ``"auto"`` is returned as it is.
 
     Returns
     -------
     str
-        ``"bf16-mixed"`` on a CUDA device with bfloat16, and on a CPU with instructions for it where a step is
+        For ``"auto"``: ``"bf16-mixed"`` on a CUDA device with bfloat16, and on a CPU with instructions for it where a step is
         measured to be at least `LEAST_BF16_GAIN` times as fast; otherwise ``"32-true"``.
     """
+    if precision != AUTO:
+        return precision
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
@@ -1062,9 +1067,7 @@ def for_backbone(self: TuneConfig, backbone, device=None):
     if batch is None:
         batch = backbone.batch
         _check_whole(f"{backbone.name}.batch", batch, 1)
-    precision = self.precision
-    if precision == AUTO:
-        precision = chosen_precision(backbone, device)
+    precision = chosen_precision(backbone, device, self.precision)
     config = replace(self, lr=lr, batch=batch, precision=precision)
     return replace(config, per_class=config._clips_per_class())
 
@@ -1270,10 +1273,13 @@ def _without_stretch(x, lengths, start, width):
 
 # %% ../nbs/api/09_tuning.ipynb #tun10210
 def _white_noise(x, lengths, seeds):
-    """Noise (B, T) of unit power within the lengths, which are on the CPU; each clip has its own seed."""
+    """Noise (B, T) of unit power within the lengths, which are on the CPU.
+
+    Each clip has its own seed; on CUDA the first is that of the batch, which then takes one launch.
+    """
     noise = torch.zeros_like(x)
     generator = torch.Generator(x.device)
-    if x.device.type == "cuda":                    # one launch for the batch, hence one seed
+    if x.device.type == "cuda":
         generator.manual_seed(int(seeds[0]))
         return noise.normal_(generator=generator) * valid_frames(lengths, x.shape[1], x.device)
     for row, length, seed in zip(noise, lengths.tolist(), seeds.tolist()):
@@ -1908,6 +1914,7 @@ def _set_up_model(self: _Loop):
     longest = int(self._row_lengths(self.rows).max())
     with self.fabric.autocast():
         self.max_samples = samples_per_batch(self.backbone, self.fabric, config.max_samples, longest)
+    warn_of_long_clips(self.backbone, [longest], self.max_samples, self.fabric.device)
 
 # %% ../nbs/api/09_tuning.ipynb #tun10090
 @patch

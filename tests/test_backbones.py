@@ -643,6 +643,13 @@ def test_a_folder_is_whole_or_refused(tmp_path):
     with pytest.raises(BackboneError, match="pickles"): load_backbone(folder)
 
 
+def test_a_loaded_encoder_is_not_a_name():
+    backbone = load_backbone("log-mel")
+    for wrong in (backbone, None, 3):
+        with pytest.raises(BackboneError, match=f"takes a name or a folder, not {type(wrong).__name__}$"):
+            load_backbone(wrong)
+
+
 def scores(backbone): return backbone(*clips(backbone.sample_rate, (.5,)))
 
 

@@ -194,7 +194,8 @@ def test_the_command_line_ends_in_one_line(tmp_path, monkeypatch, capsys):
 
     sided(tmp_path / "pets", "train", "test")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["act", "tune", "pets", "--backbone", "log-mel", "--out", "enc"])
+    argv = ["act", "tune", "pets", "--backbone", "log-mel", "--method", "frozen", "--out", "enc"]
+    monkeypatch.setattr(sys, "argv", argv)
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # which main replaces
     with pytest.raises(SystemExit) as end:
         main()

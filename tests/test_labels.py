@@ -534,7 +534,7 @@ def test_act_probe_ends_in_one_line(arrays, message, probed):
 
 def test_act_probe_of_no_file(probed):
     status, _, err = probed()
-    assert status == 1 and err.count("\n") == 1 and "No such file" in err
+    assert status == 1 and err.count("\n") == 1 and "no such file" in err
 
 
 def test_split_is_that_of_the_ids():

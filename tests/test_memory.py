@@ -205,6 +205,18 @@ def test_a_clip_that_does_not_fit_is_announced_with_the_remedy(monkeypatch):
         warn_of_long_clips(attention, lengths, 10**6, CPU)              # asked for by the user
 
 
+def test_tuning_announces_a_clip_that_does_not_fit(monkeypatch):
+    """With 60 bytes free no clip fits, and the remedy stands before the first step."""
+    task = task_of([20.] * 6)
+    monkeypatch.setattr(embeddings, "free_bytes", lambda device: 60)
+    config = TuneConfig(method="vanilla", passes=1, batch=2)
+    with pytest.warns(ActWarning, match="spy: a clip of 20 s may need .*: set max_seconds="):
+        tune(Attention(), task, config, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tune(Attention(), task, replace(config, max_samples=10**9), progress=False)
+
+
 MIXED = [.1, .12, .3, 2., .05, .1, .4, .25, .11, .1, 1., .3, .2, .1, .15, .1, .1, .6]
 
 
