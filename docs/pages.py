@@ -14,6 +14,7 @@ from nbformat.v4 import new_markdown_cell
 
 from act.report import alternative_text
 from gpu_page import gpu_page
+from main_table import main_table
 
 REPO = Path(__file__).parents[1]
 NBS, RESULTS = REPO / "nbs", REPO / "results"
@@ -98,9 +99,17 @@ def claims_sentence(results=RESULTS):
             "The [claims](paper/claims.ipynb) are listed with effects, intervals and the rule of the verdicts.")
 
 
+def main_tables(results=RESULTS):
+    """The main table of the committed results, or the command that makes it."""
+    tables = [main_table(results / profile) for profile in SHOWN_PROFILES]
+    return "\n\n".join(filter(None, tables)) or "*Not measured yet: `make reproduce PROFILE=small` makes this table.*"
+
+
 def with_tables(markdown, results=RESULTS):
-    """`<!-- table: NAME -->` replaced by the committed table of that name, `<!-- claims -->` by what holds."""
+    """`<!-- table: NAME -->` replaced by the committed table of that name, `<!-- main table -->` by the main table,
+    `<!-- claims -->` by what holds."""
     markdown = markdown.replace("<!-- claims -->", claims_sentence(results))
+    markdown = markdown.replace("<!-- main table -->", main_tables(results))
     return TABLE.sub(lambda found: committed_table(found[1], results), markdown)
 
 

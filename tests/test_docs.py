@@ -124,6 +124,33 @@ def test_tables_come_from_results_or_say_how_to_get_them(tmp_path):
     assert with_tables("<!-- table: table_9 -->", tmp_path) == "| a |"
 
 
+def _main_table_results(folder):
+    """Table 2 of two tasks, one of them without a tuned encoder, and its paired differences."""
+    folder.mkdir()
+    lines = ["task,backbone,method,probe,mean,ci95,classes"]
+    for method, probe, mean, half in [("frozen", "linear", .5, ""), ("frozen", "knn", .4, ""), ("vanilla", "head", .704, .01),
+                                      ("vanilla", "linear", .70, .01), ("vanilla", "knn", .6, .02), ("contrastive", "linear", .65, .03),
+                                      ("contrastive", "knn", .6004, .04)]:
+        lines.append(f"birds,enc,{method},{probe},{mean},{half},12.0")
+        if method == "frozen": lines.append(f"drums,enc,{method},{probe},{mean},{half},12.0")
+    (folder / "table_2_single_label.csv").write_text("\n".join(lines))
+    paired = ["task,backbone,probe,method,other,difference,low,high", "birds,enc,linear,contrastive,vanilla,-.05,-.08,-.02",
+              "birds,enc,knn,contrastive,vanilla,.0004,-.01,.01", "birds,enc,knn,contrastive,frozen,.2,.1,.3"]
+    (folder / "table_2_single_label_paired.csv").write_text("\n".join(paired))
+
+
+def test_the_main_table_has_the_tuned_rows_and_says_who_wins(tmp_path):
+    from pages import with_tables
+    assert "make reproduce PROFILE=small" in with_tables("<!-- main table -->", tmp_path)
+    _main_table_results(tmp_path / "small")
+    *table, empty, sentences = with_tables("<!-- main table -->", tmp_path).splitlines()
+    assert len(table) == 3 and not empty
+    cells = table[2].strip("| ").split(" | ")
+    assert cells == ["birds", "12", "enc", "50.0", "40.0", "**70.4 ± 1.0**", "70.0 ± 1.0", "**60.0 ± 2.0**", "65.0 ± 3.0", "**60.0 ± 4.0**"]
+    assert sentences == ("Linear probe: fine-tuning is ahead on birds (-5.0). "
+                         "k-NN probe: no difference is detected on birds (+0.0).")
+
+
 def test_tables_are_for_readers():
     from pages import FROZEN_ONLY, for_readers
     table = "Caption.\n\n| task | backbone | frozen k-NN | vanilla k-NN |\n|:--|:--|:--|:--|\n| a | x | 1.0 | 2.0 ± 0.1 |\n| a | y | 3.0 | – |"

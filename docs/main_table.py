@@ -1,0 +1,133 @@
+"""The main table of the README and the home page, from the committed Tables 2 and 3: no number is typed."""
+import pandas as pd
+
+SINGLE, MULTI = "table_2_single_label", "table_3_multi_label"
+FINE_TUNED = {SINGLE: "vanilla", MULTI: "bce"}              # the paper's baseline in each table
+CONTRASTIVE = {SINGLE: "contrastive", MULTI: "jaccard"}     # what the paper proposes
+HEAD = ["task", "classes", "encoder", "frozen linear", "frozen k-NN",
+        "fine-tuned own head", "fine-tuned linear", "fine-tuned k-NN", "contrastive linear", "contrastive k-NN"]
+LINEAR = ["frozen linear", "fine-tuned own head", "fine-tuned linear", "contrastive linear"]
+NEIGHBOURS = ["frozen k-NN", "fine-tuned k-NN", "contrastive k-NN"]
+PROBES = dict(linear="Linear probe", knn="k-NN probe")
+
+
+def _score(long, method, probe):
+    """Mean and half-width of the interval, in percent; None where it was not measured."""
+    rows = long[(long.method == method) & (long.probe == probe)]
+    if rows.empty or pd.isna(rows.iloc[0]["mean"]):
+        return None
+    row = rows.iloc[0]
+    return 100 * row["mean"], 100 * row.ci95
+
+
+def _scores(long, table):
+    """The scores of one task and encoder, by column."""
+    fine_tuned, contrastive = FINE_TUNED[table], CONTRASTIVE[table]
+    return {
+        "frozen linear": _score(long, "frozen", "linear"),
+        "frozen k-NN": _score(long, "frozen", "knn"),
+        "fine-tuned own head": _score(long, fine_tuned, "head"),
+        "fine-tuned linear": _score(long, fine_tuned, "linear"),
+        "fine-tuned k-NN": _score(long, fine_tuned, "knn"),
+        "contrastive linear": _score(long, contrastive, "linear"),
+        "contrastive k-NN": _score(long, contrastive, "knn"),
+    }
+
+
+def _best(scores, columns):
+    """The columns with the highest score, as it is printed."""
+    means = {column: round(scores[column][0], 1) for column in columns if scores[column]}
+    return [column for column, mean in means.items() if mean == max(means.values())]
+
+
+def _cells(scores):
+    """The scores of a row as text; the best linear classifier and the best k-NN probe are bold."""
+    bold = _best(scores, LINEAR) + _best(scores, NEIGHBOURS)
+    cells = []
+    for column, score in scores.items():
+        if score is None:
+            cells.append("not measured")
+            continue
+        mean, half = score
+        text = f"{mean:.1f}" if pd.isna(half) else f"{mean:.1f} ± {half:.1f}"
+        cells.append(f"**{text}**" if column in bold else text)
+    return cells
+
+
+def _classes(long):
+    """The number of classes of a task as text; empty where the records do not say."""
+    counts = long.classes.dropna()
+    return f"{counts.iloc[0]:.0f}" if len(counts) else ""
+
+
+def _tuned_rows(long, table):
+    """The tasks and encoders of a table on which both methods were tuned, each with its part of the table."""
+    for names, part in long.groupby(["task", "backbone"], sort=False):
+        measured = set(part[part["mean"].notna()].method)
+        if {FINE_TUNED[table], CONTRASTIVE[table]} <= measured:
+            yield names, part
+
+
+def _side(row):
+    """Which method a paired difference favours, from its interval."""
+    if pd.isna(row.low) or row.low <= 0 <= row.high:
+        return "open"
+    return "above" if row.low > 0 else "below"
+
+
+def _where(rows):
+    """Tasks with the difference in points, as a list in words."""
+    return ", ".join(f"{row.task} ({100 * row.difference:+.1f})" for row in rows.itertuples())
+
+
+def _sentence(probe, rows):
+    """On which tasks contrastive tuning lies above or below fine-tuning, and on which neither can be told."""
+    parts = []
+    sides = rows.apply(_side, axis=1)
+    for side, words in dict(above="contrastive tuning is ahead on", below="fine-tuning is ahead on",
+                            open="no difference is detected on").items():
+        named = rows[sides == side]
+        if len(named):
+            parts.append(f"{words} {_where(named)}")
+    return f"{PROBES[probe]}: {'; '.join(parts)}."
+
+
+def _paired(folder, table):
+    """The paired differences of contrastive tuning from fine-tuning."""
+    path = folder / f"{table}_paired.csv"
+    if not path.exists():
+        return pd.DataFrame()
+    rows = pd.read_csv(path)
+    return rows[(rows.method == CONTRASTIVE[table]) & (rows.other == FINE_TUNED[table])]
+
+
+def main_table(folder):
+    """The main table as Markdown with the sentences below it.
+
+    Parameters
+    ----------
+    folder : Path
+        The results of a profile.
+
+    Returns
+    -------
+    str
+        Empty if the folder has neither table.
+    """
+    rows, paired = [], []
+    for table in (SINGLE, MULTI):
+        path = folder / f"{table}.csv"
+        if not path.exists():
+            continue
+        long = pd.read_csv(path)
+        for (task, backbone), part in _tuned_rows(long, table):
+            rows.append([task, _classes(part), backbone, *_cells(_scores(part, table))])
+        paired.append(_paired(folder, table))
+    if not rows:
+        return ""
+    lines = [HEAD, [":--", "--:", ":--"] + ["--:"] * 7, *rows]
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    differences = pd.concat(paired)
+    sentences = [_sentence(probe, differences[differences.probe == probe]) for probe in PROBES
+                 if (differences.probe == probe).any()]
+    return f"{text}\n\n" + " ".join(sentences)
