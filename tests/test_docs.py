@@ -224,7 +224,9 @@ def test_changed_code_puts_outputs_out_of_date(tmp_path, monkeypatch):
 
 # --- the guides ---------------------------------------------------------------------------------------------------------
 
-LONG = "multi_label", "read_the_geometry", "classify_your_own", "does_it_help", "index", "add_a_backbone", "scale_out"                              # more than ten seconds of tuning
+# More than ten seconds of tuning. The pages of the library run in every test run, see test_notebooks.
+LONG = ("multi_label", "read_the_geometry", "classify_your_own", "does_it_help", "index", "add_a_backbone", "scale_out",
+        "your_own_audio", "hear_the_embedding")
 
 
 @pytest.mark.parametrize("guide", [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in LONG else []) for p in [*GUIDES, REPO / "nbs" / "index.ipynb"]])
@@ -376,12 +378,17 @@ def complaints(browser, home):
     return errors + [f"request to {u[:120]}" for u in urls if not u.startswith((home, "http://127.0.0.1", "data:", "blob:", "about:", "chrome:"))]
 
 
+MAIN_PAGES = "index.html", "paper/table_2_single_label.html", "guides/hear_the_embedding.html"
+
+
 @pytest.mark.browser
-def test_every_page_fits_a_phone_loads_its_images_and_asks_no_other_host(browser, address, site, pages):
+@pytest.mark.parametrize("named", [pytest.param(MAIN_PAGES, id="main pages"), pytest.param(None, id="every page", marks=pytest.mark.slow)])
+def test_pages_fit_a_phone_load_their_images_and_ask_no_other_host(browser, address, site, pages, named):
     complaints(browser, address)
     be_window(browser, 390, "light")
     broken = []
-    for path in sorted(p for p in pages if "_modules" not in p.parts):
+    chosen = [site / name for name in named] if named else [p for p in pages if "_modules" not in p.parts]
+    for path in sorted(chosen):
         browser.get(f"{address}/{path.relative_to(site).as_posix()}")
         lost = browser.execute_async_script("""const done = arguments[0], images = [...document.images];
             images.forEach(image => { image.loading = "eager"; });
@@ -741,7 +748,7 @@ WIDTHS = (390, 768, 1024, 1180, 1366, 1440, 1920)
 def test_no_page_is_wider_than_the_window(browser, address):
     too_wide = []
     try:
-        for page in ("index.html", "paper/table_2_single_label.html", "guides/hear_the_embedding.html", "api/08_losses.html"):
+        for page in (*MAIN_PAGES, "api/08_losses.html"):
             browser.get(f"{address}/{page}")
             for width in WIDTHS:
                 be_window(browser, width, "light")

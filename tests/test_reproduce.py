@@ -105,6 +105,7 @@ def test_mistakes_get_one_line_and_a_status(words, said, tmp_path, monkeypatch, 
     assert not list(tmp_path.iterdir())                                    # nothing half-written
 
 
+@pytest.mark.slow
 def test_a_mistake_in_a_process_of_its_own(tmp_path):
     wrong = subprocess.run([ACT, "reproduce", "--profile", "quik"], capture_output=True, text=True, cwd=tmp_path)
     assert wrong.returncode == 1 and "choose one of full, quick, small" in wrong.stderr, wrong.stdout + wrong.stderr

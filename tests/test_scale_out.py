@@ -116,6 +116,7 @@ def hold_a_gpu(gpus, cache, pipe):
     pipe.recv()
 
 
+@pytest.mark.slow
 def test_workers_share_the_gpus_evenly(tmp_path, monkeypatch):
     """Also when one of them was killed: its place is taken by the next."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
