@@ -42,7 +42,7 @@ def record(name, device, ours, peer=None, peer_name=None, unit="clips/s", higher
 
 def columns(name, ours, peer, ratio, unit, peer_name):
     """A line of the printed table."""
-    line = f"{name:44}{ours:>11}{peer:>11}{ratio:>9}  {unit:18}{peer_name}"
+    line = f"{name:44}{ours:>11}{peer:>11}{ratio:>9}  {unit:20}{peer_name}"
     return line.rstrip()
 
 
