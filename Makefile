@@ -55,7 +55,7 @@ check-results: $(ready)  ## derive the committed tables again from their run rec
 	@$(bin)/act check-results results/small
 
 bench: $(ready)  ## every benchmark, each against its peer
-	@for b in $(filter-out benchmarks/gpu.py,$(wildcard benchmarks/[a-z]*.py)); do $(bin)/python $$b; done
+	@for b in $(filter-out benchmarks/gpu.py benchmarks/measuring.py,$(wildcard benchmarks/[a-z]*.py)); do $(bin)/python $$b; done
 
 gpu: $(ready)    ## on a GPU: doctor, cuda tests, benchmarks, small, what of full there is, into results/gpu; resumes
 	@$(bin)/python benchmarks/gpu.py $(if $(ONLY),--only $(ONLY)) $(if $(BUDGET),--budget $(BUDGET))

@@ -11,17 +11,14 @@ model (random weights, published size), whose peer is the feature extractor of t
 On a GPU there is also `memory/NAME`, the peak of a step, and `mfu/NAME`, the share of the measured rate of
 matrix products that a step reaches; `waits/NAME` is how often a step waits for the GPU.
 """
-import argparse
 import contextlib
-import functools
-import json
 import tempfile
-import time
 import warnings
 from pathlib import Path
 
 import torch
 import torchaudio
+from measuring import add_device_option, matmul_rate, option_parser, record, report, seconds_per_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from act.backbones import load_backbone
@@ -31,25 +28,6 @@ from act.manifest import weight_file
 NAMES = ["log-mel", "speech-embedding", "aisfx", "ge2e", "musicnn-vgg", "musicnn", "whisper-tiny.en",
          "wav2vec2-base"]
 LARGE = ["wavlm-base", "hubert-large", "hf-ast", "hf-whisper", "hf-clap"]      # by default on a GPU only
-
-
-def wait_for(device):
-    """Until the device has computed everything."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def seconds_per_call(call, device, repeats, warm_up=2):
-    """Median of `repeats` calls, each from an idle device to an idle device, after some to warm up."""
-    times = []
-    for _ in range(warm_up + repeats):
-        wait_for(device)
-        start = time.perf_counter()
-        call()
-        wait_for(device)
-        times.append(time.perf_counter() - start)
-    measured = sorted(times[warm_up:])
-    return measured[repeats // 2]
 
 
 def step(backbone, x, optimizer, precision):
@@ -98,27 +76,6 @@ def peer_of(name, backbone, x):
         outputs, _ = model.extract_features(x)
         return outputs[-1].mean(1)
     return embed, "torchaudio"
-
-
-def record(name, device, ours, peer=None, peer_name=None, unit="clips/s", higher_is_better=True):
-    return {
-        "name": name,
-        "device": device,
-        "ours": ours,
-        "peer": peer,
-        "peer_name": peer_name,
-        "ratio": None if peer is None else ours / peer,
-        "unit": unit,
-        "higher_is_better": higher_is_better,
-    }
-
-
-@functools.cache
-def matmul_rate(device, n=8192):
-    """Operations per second of a large bf16 matrix product."""
-    a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
-    seconds = seconds_per_call(lambda: a @ a, device, 10)
-    return 2 * n ** 3 / seconds
 
 
 def embedding_record(name, backbone, x, repeats, precision):
@@ -213,35 +170,31 @@ def measure(name, options, device):
 
 
 def parsed_options():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser(__doc__)
     parser.add_argument("--names", nargs="+", help=f"of {' '.join(NAMES + LARGE)} and all others")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=1.)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--device", default="cpu")
+    add_device_option(parser)
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--random", action="store_true", help="random weights: nothing is fetched")
-    parser.add_argument("--json")
     return parser.parse_args()
+
+
+def all_records(options):
+    """The records of every encoder."""
+    device = torch.device(options.device)
+    names = options.names or NAMES + LARGE * (device.type == "cuda")
+    for name in names:
+        yield from measure(name, options, device)
 
 
 def main():
     options = parsed_options()
     if options.threads:
         torch.set_num_threads(options.threads)
-    records = []
-    device = torch.device(options.device)
-    names = options.names or NAMES + LARGE * (device.type == "cuda")
-    for name in names:
-        for r in measure(name, options, device):
-            records.append(r)
-            ratio = "" if r["ratio"] is None else f"   {r['ratio']:.2f} x {r['peer_name']}"
-            print(f"{r['name']:28} {r['ours']:12.4g} {r['unit']}{ratio}", flush=True)
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(records, file, indent=1)
+    report(all_records(options), options.json)
 
 
 if __name__ == "__main__":

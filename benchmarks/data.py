@@ -11,18 +11,16 @@ The records `batch/256x1s` and `batch/64x10s` are batches of that many clips of 
 of the encoder, read before. Ours come from the cache in one thread; the peer is a DataLoader with one process per core
 that reads the files and pads them. Both draw the same clips.
 """
-import argparse
-import json
 import os
 import shutil
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import soundfile as sf
 import torch
 import torchaudio
+from measuring import best_times, in_turns, option_parser, record, report, timed, with_cores
 
 from act.audio import Clip, WaveCache, collate
 from act.tasks import load_task
@@ -32,13 +30,6 @@ RATES = 8000, 22050, 44100      # Hz; other than that of the recordings, so that
 BATCHES = (256, 1), (64, 10)    # clips, seconds of each
 BATCH_RATE = 16000              # Hz
 LOADER = "torch DataLoader over the WAV files, {} processes"
-
-
-def timed(work):
-    """Seconds, and the result."""
-    began = time.perf_counter()
-    result = work()
-    return time.perf_counter() - began, result
 
 
 def plain_loop(clips, sample_rate):
@@ -70,17 +61,16 @@ def measure(task, sample_rate, n, workers, repeats):
     few = clips[:64]                                          # warm up: files, filters, threads
     plain_loop(few, sample_rate)
     build(few, sample_rate, workers, folder)
-    ours, peer, reading = [], [], []
-    for _ in range(repeats):
-        seconds, _ = timed(lambda: plain_loop(clips, sample_rate))
-        peer.append(seconds)
-        seconds, cache = timed(lambda: build(clips, sample_rate, workers, folder))
-        ours.append(seconds)
-        seconds, _ = timed(lambda: read_back(cache))
-        reading.append(seconds)
+    built = []
+
+    def build_again():
+        built[:] = [build(clips, sample_rate, workers, folder)]
+
+    works = dict(peer=lambda: plain_loop(clips, sample_rate), ours=build_again, reading=lambda: read_back(built[0]))
+    best, _ = best_times(works, repeats)
     shutil.rmtree(folder)
     restore_cache(original)
-    return len(clips), min(ours), min(peer), min(reading)
+    return len(clips), best["ours"], best["peer"], best["reading"]
 
 
 class Files(torch.utils.data.Dataset):
@@ -109,28 +99,33 @@ def noise_files(folder, n, seconds):
 def seconds_per_batch(batches, count):
     """Seconds that an iterator takes for a batch, once it runs."""
     next(batches)
-    began = time.perf_counter()
-    for _ in range(count - 1):
-        next(batches)
-    return (time.perf_counter() - began) / (count - 1)
+
+    def others():
+        for _ in range(count - 1):
+            next(batches)
+
+    seconds, _ = timed(others)
+    return seconds / (count - 1)
 
 
 def measure_batches(n, seconds, count, repeats):
     """Seconds to assemble a batch: from the cache, and by the peer."""
-    ours, peer = [], []
     original = os.environ.get("ACT_CACHE")
     with tempfile.TemporaryDirectory() as folder:
         clips = noise_files(folder, 4 * n, seconds)
         cache = build(clips, BATCH_RATE, None, str(Path(folder) / "cache"))
         order = np.random.default_rng(1).integers(len(clips), size=(count, n))
         files = Files([clip.path for clip in clips])
-        for _ in range(repeats):
-            ours.append(seconds_per_batch(map(cache.batch, order), count))
+
+        def by_loader():
             loader = torch.utils.data.DataLoader(
                 files, batch_sampler=order.tolist(), collate_fn=collate, num_workers=os.cpu_count())
-            peer.append(seconds_per_batch(iter(loader), count))
+            return seconds_per_batch(iter(loader), count)
+
+        works = dict(ours=lambda: seconds_per_batch(map(cache.batch, order), count), peer=by_loader)
+        found = in_turns(works, repeats)
     restore_cache(original)
-    return min(ours), min(peer)
+    return min(found["ours"]), min(found["peer"])
 
 
 def restore_cache(folder):
@@ -141,57 +136,42 @@ def restore_cache(folder):
         os.environ["ACT_CACHE"] = folder
 
 
-def record(name, clips, sample_rate, ours, peer, peer_name=PEER):
-    """One measurement, from the seconds of ours and of the peer."""
-    return dict(
-        name=name,
-        device=f"cpu, {os.cpu_count()} cores",
-        ours=clips / ours,
-        peer=clips / peer,
-        peer_name=peer_name,
-        ratio=peer / ours,
-        unit="clips/s",
-        higher_is_better=True,
-        clips=clips,
-        sample_rate=sample_rate,
-    )
+def rate_record(name, clips, sample_rate, ours, peer, peer_name=PEER, **more):
+    """Clips per second, from the seconds of ours and of the peer."""
+    return record(name, with_cores(), clips / ours, clips / peer, peer_name,
+                  clips=clips, sample_rate=sample_rate, **more)
 
 
 def options():
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = option_parser(__doc__.splitlines()[0])
     p.add_argument("--task", default="asc40-mini")
     p.add_argument("--rates", type=int, nargs="*", default=RATES, help="Hz")
     p.add_argument("--clips", type=int)
     p.add_argument("--workers", type=int, help="threads of ours; chosen by the library if not given")
     p.add_argument("--repeats", type=int, default=3)
     p.add_argument("--batches", type=int, default=20, help="batches to assemble; 0 for none")
-    p.add_argument("--json")
     return p.parse_args()
+
+
+def all_records(o):
+    """The records of all rates, then those of the batches."""
+    for sample_rate in o.rates:
+        clips, ours, peer, reading = measure(o.task, sample_rate, o.clips, o.workers, o.repeats)
+        suffix = "" if sample_rate == o.rates[0] else f"@{sample_rate}"
+        yield rate_record(f"decode/{o.task}{suffix}", clips, sample_rate, ours, peer)
+        yield rate_record(f"cache-read/{o.task}{suffix}", clips, sample_rate, reading, peer)
+    for n, seconds in BATCHES if o.batches else ():
+        ours, peer = measure_batches(n, seconds, o.batches, o.repeats)
+        peer_name = LOADER.format(os.cpu_count())
+        yield rate_record(f"batch/{n}x{seconds}s", n, BATCH_RATE, ours, peer, peer_name, batch_seconds=ours)
 
 
 def main():
     o = options()
     torch.set_num_threads(1)   # the peer's short convolutions are fastest so; ours runs its own threads
     load = os.getloadavg()[0]
-    print(f"{'':28}{'ours':>12}{'peer':>12}{'ratio':>9}   (load {load:.1f} on {os.cpu_count()} cores)")
-    records = []
-    for sample_rate in o.rates:
-        clips, ours, peer, reading = measure(o.task, sample_rate, o.clips, o.workers, o.repeats)
-        suffix = "" if sample_rate == o.rates[0] else f"@{sample_rate}"
-        for part, seconds in ("decode", ours), ("cache-read", reading):
-            r = record(f"{part}/{o.task}{suffix}", clips, sample_rate, seconds, peer)
-            records.append(r)
-            print(f"{r['name']:28}{r['ours']:>10.0f}/s{r['peer']:>10.0f}/s{r['ratio']:>9.1f}")
-    for n, seconds in BATCHES if o.batches else ():
-        ours, peer = measure_batches(n, seconds, o.batches, o.repeats)
-        peer_name = LOADER.format(os.cpu_count())
-        r = record(f"batch/{n}x{seconds}s", n, BATCH_RATE, ours, peer, peer_name)
-        r["batch_seconds"] = ours
-        records.append(r)
-        rates = f"{r['ours']:>10.0f}/s{r['peer']:>10.0f}/s{r['ratio']:>9.1f}"
-        print(f"{r['name']:28}{rates}   {1e3 * ours:.1f} ms a batch")
-    if o.json:
-        with open(o.json, "w") as f: json.dump(records, f, indent=1)
+    print(f"load {load:.1f} on {os.cpu_count()} cores")
+    report(all_records(o), o.json)
 
 
 if __name__ == "__main__": main()

@@ -13,55 +13,30 @@ created, for the probe since after the embeddings are. It is measured in separat
 returns freed memory at once, because what the heap would otherwise keep varies by chance.
 """
 import argparse
-import json
-import os
-import subprocess
-import sys
 import tempfile
-import threading
-import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from measuring import (
+    RETURN_FREED_MEMORY,
+    add_device_option,
+    anonymous_bytes,
+    answer,
+    cost,
+    in_new_process,
+    in_turns,
+    option_parser,
+    progress_bar,
+    record,
+    report,
+    with_cores,
+)
 
 from act.backbones import load_backbone
 from act.embeddings import embed
 from act.probes import KNNProbe
 from act.tasks import SPLITS, Task
-
-RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2 ** 16)}   # glibc; costs time
-
-
-def anonymous_bytes():
-    """The memory of this process that no file stands for (Linux)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            kilobytes = line.split()[1]
-            return 1024 * int(kilobytes)
-    raise OSError("/proc/self/status has no RssAnon")
-
-
-def cost(work, before):
-    """Seconds of `work()`, and the most bytes above `before` meanwhile, sampled every 2 ms."""
-    peaks = [0]
-    finished = threading.Event()
-
-    def watch():
-        while not finished.wait(.002):
-            peaks.append(anonymous_bytes() - before)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    start = time.perf_counter()
-    try:
-        work()
-    finally:
-        finished.set()
-        watcher.join()
-    return time.perf_counter() - start, max(peaks)
 
 
 @dataclass(frozen=True)
@@ -110,111 +85,78 @@ def neighbours_cost(queries, bank, dim, device):
     return cost(lambda: probe.predict(unlabelled), before)
 
 
-COSTS = dict(embed=embedding_cost, knn=neighbours_cost)
-
-
-def cost_in_new_process(kind, *arguments, **environment):
-    """(seconds, bytes) of one of `COSTS` in a new process."""
-    command = [sys.executable, __file__, "--child", json.dumps([kind, *arguments])]
-    env = os.environ | environment
-    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def record(name, device, ours, peer, peer_name, unit):
-    """One line of the results."""
-    return dict(
-        name=name,
-        device=device,
-        ours=ours,
-        peer=peer,
-        peer_name=peer_name,
-        ratio=ours / peer,
-        unit=unit,
-        higher_is_better=False,
-    )
-
-
-def compare(name, once, tenfold, device, repeats, bar):
+def compare(name, function, once, tenfold, device, repeats, bar):
     """The time and the memory record of ten times the clips."""
-    seconds = []
-    seconds_tenfold = []
-    for _ in range(repeats):
-        seconds.append(cost_in_new_process(*once)[0])
+    def measured(arguments, **environment):
+        found = in_new_process(function, *arguments, **environment)
         bar.update()
-        seconds_tenfold.append(cost_in_new_process(*tenfold)[0])
-        bar.update()
-    _, size = cost_in_new_process(*once, **RETURN_FREED_MEMORY)
-    _, size_tenfold = cost_in_new_process(*tenfold, **RETURN_FREED_MEMORY)
-    bar.update(2)
+        return found
+
+    works = dict(once=lambda: measured(once), tenfold=lambda: measured(tenfold))
+    seconds = {size: min(time for time, _ in costs) for size, costs in in_turns(works, repeats).items()}
+    _, size = measured(once, **RETURN_FREED_MEMORY)
+    _, size_tenfold = measured(tenfold, **RETURN_FREED_MEMORY)
     kind, rest = name.split("/")
     mebibyte = 2 ** 20
-    of_time = record(
+    yield record(
         name=name,
         device=device,
-        ours=min(seconds_tenfold),
-        peer=10 * min(seconds),
+        ours=seconds["tenfold"],
+        peer=10 * seconds["once"],
         peer_name="10 x the time of a tenth of the clips",
         unit="s",
+        higher_is_better=False,
     )
-    of_memory = record(
+    yield record(
         name=f"{kind}-memory/{rest}",
         device=device,
         ours=size_tenfold / mebibyte,
         peer=size / mebibyte,
         peer_name="the memory of a tenth of the clips",
         unit="MiB",
+        higher_is_better=False,
     )
-    return [of_time, of_memory]
 
 
 def parsed_options():
     """The options of the command line."""
-    description = __doc__.splitlines()[0]
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    p = argparse.ArgumentParser(description=description, formatter_class=formatter)
+    p = option_parser(__doc__.splitlines()[0], argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--backbones", nargs="*", default=["speech-embedding"], help="encoders to embed with")
     p.add_argument("--clips", type=int, default=1000, help="N clips to embed")
     p.add_argument("--queries", type=int, default=2000, help="N clips to classify")
     p.add_argument("--bank", type=int, default=10000, help="N labelled clips")
     p.add_argument("--dim", type=int, default=768, help="dimensions of the embeddings to classify")
     p.add_argument("--repeats", type=int, default=3, help="processes for each time")
-    p.add_argument("--device", default="cpu", help="device of the k-NN probe")
-    p.add_argument("--json", type=Path, help="file for the records")
-    p.add_argument("--child", help=argparse.SUPPRESS)
+    add_device_option(p, help="device of the k-NN probe")
     return p.parse_args()
 
 
 def cases_of(o):
-    """(name, cost of N clips, cost of 10 N clips), the costs as arguments of `cost_in_new_process`."""
+    """(name, function that measures, its arguments for N clips, its arguments for 10 N clips)."""
     cases = []
     for backbone in o.backbones:
-        sizes = [("embed", backbone, n, o.device) for n in (o.clips, 10 * o.clips)]
-        cases.append((f"embed10x/{backbone}", *sizes))
-    sizes = [("knn", n, o.bank, o.dim, o.device) for n in (o.queries, 10 * o.queries)]
-    cases.append((f"knn10x/{o.dim}", *sizes))
-    sizes = [("knn", o.queries, n, o.dim, o.device) for n in (o.bank, 10 * o.bank)]
-    cases.append((f"knn10x-bank/{o.dim}", *sizes))
+        sizes = [(backbone, n, o.device) for n in (o.clips, 10 * o.clips)]
+        cases.append((f"embed10x/{backbone}", embedding_cost, *sizes))
+    sizes = [(n, o.bank, o.dim, o.device) for n in (o.queries, 10 * o.queries)]
+    cases.append((f"knn10x/{o.dim}", neighbours_cost, *sizes))
+    sizes = [(o.queries, n, o.dim, o.device) for n in (o.bank, 10 * o.bank)]
+    cases.append((f"knn10x-bank/{o.dim}", neighbours_cost, *sizes))
     return cases
+
+
+def all_records(o, bar):
+    """The records of every case."""
+    for case in cases_of(o):
+        yield from compare(*case, with_cores(o.device), o.repeats, bar)
 
 
 def main():
     o = parsed_options()
     if o.child:
-        kind, *arguments = json.loads(o.child)
-        return print(json.dumps(COSTS[kind](*arguments)))
-    cases = cases_of(o)
-    device = f"{o.device}, {os.cpu_count()} cores"
-    records = []
-    with tqdm(total=2 * (o.repeats + 1) * len(cases), file=sys.stdout, ncols=80, desc="processes") as bar:
-        for case in cases:
-            records += compare(*case, device, o.repeats, bar)
-    for r in records:
-        ours = f"{r['ours']:>10.2f} {r['unit']:<4}"
-        peer = f"{r['peer']:>10.2f} {r['unit']:<4}"
-        print(f"{r['name']:<36}{ours}{peer}{r['ratio']:>8.3f}  {r['peer_name']}")
-    if o.json:
-        o.json.write_text(json.dumps(records, indent=1) + "\n")
+        return answer(o.child, embedding_cost, neighbours_cost)
+    processes = 2 * (o.repeats + 1) * len(cases_of(o))
+    with progress_bar(processes, "processes") as bar:
+        report(all_records(o, bar), o.json, end="\n")
 
 
 if __name__ == "__main__":

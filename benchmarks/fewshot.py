@@ -9,20 +9,27 @@ drawn part of the pairs. Its learning rate is its own, 2e-5, unless --peer-lr sa
 Accuracy is that of the whole test side. Seconds are those of training, from decoded clips to a classifier that can predict;
 on a CPU they are CPU time, which other programs disturb less.
 """
-import argparse
 import contextlib
+import importlib.util
 import io
-import json
 import tempfile
-import time
 from dataclasses import replace
 
 import numpy as np
 import torch
+from measuring import (
+    add_device_option,
+    best_device,
+    option_parser,
+    processor_time,
+    progress_bar,
+    record,
+    report,
+    timed,
+)
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from tqdm import tqdm
 
 from act.backbones import load_backbone
 from act.classifier import AudioClassifier
@@ -54,14 +61,6 @@ def drawn(task, clips, draw):
     return replace(task.subset(rows), split=np.array(split))
 
 
-def clock(o):
-    """CPU time on a CPU, wall time on a GPU."""
-    if o.device.startswith("cuda"):
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
-
-
 def test_side(task):
     return task.subset(task.indices("test"))
 
@@ -76,9 +75,11 @@ def waveforms(task, sample_rate):
 
 def ours(few, test, o):
     config = TuneConfig(passes=o.passes, batch=o.batch)
-    began = clock(o)
-    classifier = AudioClassifier.train(few, backbone=o.backbone, config=config, progress=False)
-    seconds = clock(o) - began
+
+    def train():
+        return AudioClassifier.train(few, backbone=o.backbone, config=config, progress=False)
+
+    seconds, classifier = timed(train, o.device, processor_time)
     scores = classifier.evaluate(test)
     return scores.loc["linear", "accuracy"], seconds
 
@@ -87,11 +88,12 @@ def regression(few, test, o):
     """What one writes in five lines with scikit-learn."""
     backbone = load_backbone(o.backbone)
     with tempfile.TemporaryDirectory() as folder:       # an empty cache
-        began = clock(o)
-        z = embed(backbone, few, folder=folder, progress=False)
-        model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-        model.fit(np.array(z), few.labels.numpy())
-        seconds = clock(o) - began
+        def train():
+            z = embed(backbone, few, folder=folder, progress=False)
+            model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+            return model.fit(np.array(z), few.labels.numpy())
+
+        seconds, model = timed(train, o.device, processor_time)
         z_test = np.array(embed(backbone, test, folder=folder, progress=False))
     return model.score(z_test, test.labels.numpy()), seconds
 
@@ -117,10 +119,8 @@ def audiosetfit(few, test, o):
         settings["body_learning_rate"] = o.peer_lr
     torch.manual_seed(0)
     trainer = Trainer(model, TrainingArguments(show_progress_bar=False, **settings), data)
-    began = clock(o)
     with contextlib.redirect_stdout(io.StringIO()):     # it prints its settings
-        trainer.train()
-    seconds = clock(o) - began
+        seconds, _ = timed(trainer.train, o.device, processor_time)
     predicted = model.predict(waveforms(test, body.target_sr))
     truth = [test.classes[label] for label in test.labels]
     return float(np.mean(np.array(predicted) == np.array(truth))), seconds
@@ -128,20 +128,21 @@ def audiosetfit(few, test, o):
 
 # ---- records ----------------------------------------------------------------------------------------
 
-def available():
-    """The ways that can be measured here, and why others cannot."""
+def ways_of(o):
+    """The ways that are measured, and why the others are not."""
     ways = {OURS: ours, REGRESSION: regression, PEER: audiosetfit}
     missing = {}
-    try:
-        import audiosetfit as _  # noqa: F401
-    except ImportError:
-        missing[PEER] = "not measured: pip install --no-deps audiosetfit==0.1.0, which also needs transformers and librosa"
-        del ways[PEER]
-    return ways, missing
+    if importlib.util.find_spec("audiosetfit") is None:
+        command = "pip install --no-deps audiosetfit==0.1.0"
+        missing[PEER] = f"not measured: {command}, which also needs transformers and librosa"
+    for way, name in ((PEER, "audiosetfit"), (REGRESSION, "regression")):
+        if name in o.without:
+            missing[way] = "left out"
+    return {way: work for way, work in ways.items() if way not in missing}, missing
 
 
 def measure(name, ways, o, bar):
-    """Accuracy and seconds of each way in every draw."""
+    """Accuracy and seconds of each way in every draw, which are printed as each draw ends."""
     task = load_task(name)
     test = test_side(task)
     test.waveforms(load_backbone(o.backbone).sample_rate)
@@ -154,22 +155,21 @@ def measure(name, ways, o, bar):
             found[way]["accuracy"].append(round(float(accuracy), 4))
             found[way]["seconds"].append(round(seconds, 3))
             bar.update()
+            which = f"{name}, draw {draw + 1} of {o.draws}"
+            bar.write(f"{which}: accuracy {accuracy:.4f}, {seconds:.3f} s  {way}")
     return found
 
 
-def record(task, measure, found, peer, note, o):
+def mean_record(task, measure, found, peer, note, o):
     """Ours against one peer, means over the draws; the peer is null where it was not measured."""
     mine = found[OURS][measure]
     theirs = found[peer][measure] if peer in found else []
-    mean = float(np.mean(mine))
-    peer_mean = float(np.mean(theirs)) if theirs else None
-    return dict(
+    return record(
         name=f"fewshot/{task}/{measure}",
         device=o.device,
-        ours=mean,
-        peer=peer_mean,
+        ours=float(np.mean(mine)),
+        peer=float(np.mean(theirs)) if theirs else None,
         peer_name=peer,
-        ratio=mean / peer_mean if peer_mean else None,
         unit=UNITS[measure],
         higher_is_better=measure == "accuracy",
         draws=mine,
@@ -182,15 +182,17 @@ def record(task, measure, found, peer, note, o):
     )
 
 
-def printed(r):
-    if r["peer"] is None:
-        return f"{r['name']:24}{r['ours']:8.3f}{'–':>9}{'–':>8}  {r['peer_name']}: {r['note']}"
-    return f"{r['name']:24}{r['ours']:8.3f}{r['peer']:9.3f}{r['ratio']:8.2f}  {r['peer_name']}"
+def all_records(ways, missing, o, bar):
+    """The records of every task, against both peers."""
+    for task in o.tasks:
+        found = measure(task, ways, o, bar)
+        for peer in (PEER, REGRESSION):
+            for what in UNITS:
+                yield mean_record(task, what, found, peer, missing.get(peer, ""), o)
 
 
 def options():
-    as_written = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    parser = option_parser(__doc__)
     parser.add_argument("--tasks", nargs="+", default=["fsdd", "esc10"])
     parser.add_argument("--backbone", default="speech-embedding")
     parser.add_argument("--clips", type=int, default=8, help="of each class (default: 8)")
@@ -198,31 +200,16 @@ def options():
     parser.add_argument("--passes", type=int, default=40, help="clip passes of both tuners (default: 40)")
     parser.add_argument("--batch", type=int, default=64, help="rows of a step of ours (default: 64)")
     parser.add_argument("--peer-lr", type=float, help="learning rate of audiosetfit (default: its own)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device_option(parser, default=best_device())
     parser.add_argument("--without", nargs="+", default=[], choices=["audiosetfit", "regression"])
-    parser.add_argument("--json", metavar="FILE", help="write the records here")
     return parser.parse_args()
 
 
 def main():
     o = options()
-    ways, missing = available()
-    for way, name in ((PEER, "audiosetfit"), (REGRESSION, "regression")):
-        if name in o.without:
-            ways.pop(way, None)
-            missing[way] = "left out"
-    records = []
-    header = f"{'record':24}{'ours':>8}{'peer':>9}{'ratio':>8}  peer ({o.backbone}, {o.draws} draws)"
-    with tqdm(total=len(o.tasks) * o.draws * len(ways), ncols=80, desc="draws") as bar:
-        for task in o.tasks:
-            found = measure(task, ways, o, bar)
-            of_task = [record(task, what, found, peer, missing.get(peer, ""), o)
-                       for peer in (PEER, REGRESSION) for what in UNITS]
-            tqdm.write("\n".join([header, *map(printed, of_task)]))
-            records += of_task
-            if o.json:                                      # after each task: one takes long
-                with open(o.json, "w", encoding="utf-8") as file:
-                    json.dump(records, file, indent=1)
+    ways, missing = ways_of(o)
+    with progress_bar(len(o.tasks) * o.draws * len(ways), "draws") as bar:
+        report(all_records(ways, missing, o, bar), o.json)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -71,7 +72,22 @@ def shown_command(step, out):
 def benchmark(name, what, script, *arguments):
     """The step of a benchmark, which writes its records with --json."""
     path = REPO / "benchmarks" / script
-    return Step(name, what, [sys.executable, str(path), *arguments], [path], json_option=True)
+    return Step(name, what, [sys.executable, str(path), *arguments], with_imports(path), json_option=True)
+
+
+def with_imports(script):
+    """A script, the scripts beside it that it imports, and those that these import."""
+    found = []
+    waiting = [script]
+    while waiting:
+        path = waiting.pop()
+        if path in found:
+            continue
+        found.append(path)
+        names = re.findall(r"^ *(?:from|import) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+        beside = [path.with_name(f"{name}.py") for name in names]
+        waiting += [other for other in beside if other.exists()]
+    return sorted(found)
 
 
 def reproduction(profile, what, out):
@@ -144,7 +160,7 @@ def installed_versions():
 def describe_machine(device):
     """Device, driver, versions, and the measured rate of a bf16 matrix product in operations a second."""
     import torch
-    from backbones import matmul_rate
+    from measuring import matmul_rate
     here = torch.device(device)
     size = 8192 if device == "cuda" else 512
     described = dict(

@@ -10,18 +10,24 @@ embedding, and that the memory does not grow with the number of files.
 
 Each measurement is made in a new process. Those of time take turns, and the shortest counts.
 """
-import argparse
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import soundfile as sf
 import torch
-from embeddings import RETURN_FREED_MEMORY, anonymous_bytes, cost
+from measuring import (
+    RETURN_FREED_MEMORY,
+    anonymous_bytes,
+    answer,
+    cost,
+    in_new_process,
+    in_turns,
+    option_parser,
+    record,
+    report,
+    with_cores,
+)
 
 from act.audio import Clip
 from act.backbones import load_backbone
@@ -57,8 +63,14 @@ def save_model(folder, backbone, files):
     model.save_pretrained(folder)
 
 
-def cost_of_embedding(model, files):
-    """Seconds and bytes of the embedding of all files, decoding included."""
+def first_files(folder, count):
+    """So many of the files of a folder."""
+    return sorted(Path(folder).glob("*.wav"))[:count]
+
+
+def cost_of_embedding(model, folder, count):
+    """Seconds and bytes of the embedding of so many files, decoding included."""
+    files = first_files(folder, count)
     encoder = load_backbone(model)
     task = task_of(files, "all")
     with tempfile.TemporaryDirectory() as folder:
@@ -66,8 +78,9 @@ def cost_of_embedding(model, files):
         return cost(lambda: embed(encoder, task, folder=folder, progress=False), before)
 
 
-def cost_of_predicting(model, files):
-    """Seconds and bytes of the predictions for all files."""
+def cost_of_predicting(model, folder, count):
+    """Seconds and bytes of the predictions for so many files."""
+    files = first_files(folder, count)
     classifier = AudioClassifier.from_pretrained(model)
     before = anonymous_bytes()
 
@@ -78,23 +91,10 @@ def cost_of_predicting(model, files):
     return cost(work, before)
 
 
-COSTS = dict(embed=cost_of_embedding, predict=cost_of_predicting)
-
-
-def cost_in_new_process(kind, model, folder, count, **environment):
-    """(seconds, bytes) of one of `COSTS` in a new process with a cache of its own."""
+def with_new_cache(function, *arguments, **environment):
+    """Seconds and bytes of a function in a new process, with a cache of its own."""
     with tempfile.TemporaryDirectory() as cache:
-        command = [sys.executable, __file__, "--child", json.dumps([kind, str(model), str(folder), count])]
-        env = os.environ | {"ACT_CACHE": cache, **environment}
-        done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def child(arguments):
-    """Print the cost that the parent asks for."""
-    kind, model, folder, count = json.loads(arguments)
-    files = sorted(Path(folder).glob("*.wav"))[:count]
-    print(json.dumps(COSTS[kind](model, files)))
+        return in_new_process(function, *arguments, ACT_CACHE=cache, **environment)
 
 
 def measure(backbone, count, repeats):
@@ -104,53 +104,40 @@ def measure(backbone, count, repeats):
         folder.mkdir()
         write_files(folder, count)
         model = Path(parent, "model")
-        save_model(model, backbone, sorted(folder.glob("*.wav")))
-        seconds = dict(predict=[], embed=[])
-        for _ in range(repeats):
-            for kind, values in seconds.items():
-                values.append(cost_in_new_process(kind, model, folder, count)[0])
-        memory = []
-        for files in (count, count // 10):
-            _, peak = cost_in_new_process("predict", model, folder, files, **RETURN_FREED_MEMORY)
-            memory.append(peak)
-    speed = {kind: count / min(values) for kind, values in seconds.items()}
-    yield record(f"predict/{backbone}/clips-per-second", speed["predict"], speed["embed"], "embed alone", "clips/s", True)
-    mebibytes = [peak / 2**20 for peak in memory]
-    yield record(f"predict/{backbone}/memory", *mebibytes, "a tenth of the files", "MiB", False)
+        save_model(model, backbone, first_files(folder, count))
+        files = str(model), str(folder)
+        works = dict(predict=lambda: with_new_cache(cost_of_predicting, *files, count),
+                     embed=lambda: with_new_cache(cost_of_embedding, *files, count))
+        costs = in_turns(works, repeats)
+        memory = [with_new_cache(cost_of_predicting, *files, n, **RETURN_FREED_MEMORY)
+                  for n in (count, count // 10)]
+    speed = {kind: count / min(seconds for seconds, _ in pairs) for kind, pairs in costs.items()}
+    mebibytes = [peak / 2**20 for _, peak in memory]
+    name = f"predict/{backbone}"
+    device = with_cores()
+    yield record(f"{name}/clips-per-second", device, speed["predict"], speed["embed"], "embed alone")
+    yield record(f"{name}/memory", device, *mebibytes, "a tenth of the files", "MiB", higher_is_better=False)
 
 
-def record(name, ours, peer, peer_name, unit, higher_is_better):
-    """One line of the results."""
-    return dict(
-        name=name,
-        device=f"cpu, {os.cpu_count()} cores",
-        ours=ours,
-        peer=peer,
-        peer_name=peer_name,
-        ratio=ours / peer,
-        unit=unit,
-        higher_is_better=higher_is_better,
-    )
+def all_records(options):
+    """The records of every encoder."""
+    for backbone in options.backbones:
+        yield from measure(backbone, options.files, options.repeats)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parsed_options():
+    parser = option_parser(__doc__.splitlines()[0])
     parser.add_argument("--backbones", nargs="+", default=["speech-embedding"])
     parser.add_argument("--files", type=int, default=2000)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    options = parsed_options()
     if options.child:
-        return child(options.child)
-    records = []
-    for backbone in options.backbones:
-        for each in measure(backbone, options.files, options.repeats):
-            values = f"{each['ours']:>10.2f} {each['peer']:>10.2f} {each['unit']:<8}"
-            print(f"{each['name']:<46}{values}{each['ratio']:>8.3f}  {each['peer_name']}", flush=True)
-            records.append(each)
-    if options.json:
-        options.json.write_text(json.dumps(records, indent=1) + "\n")
+        return answer(options.child, cost_of_embedding, cost_of_predicting)
+    report(all_records(options), options.json, end="\n")
 
 
 if __name__ == "__main__":

@@ -5,20 +5,25 @@ predictions, and on a GPU every measure of geometry against the same on the CPU.
 weakest, and is given the loosest of its tolerances at which every objective is within a thousandth of the
 minimum. On a CPU the seconds are CPU time, which other programs disturb less.
 """
-import argparse
-import json
-import sys
-import time
+import functools
 import warnings
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from measuring import (
+    add_device_option,
+    best_times,
+    option_parser,
+    processor_time,
+    progress_bar,
+    record,
+    report,
+    timed,
+)
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
-from tqdm import tqdm
 
 from act.geometry import geometry
 from act.probes import PENALTIES, KNNProbe
@@ -30,7 +35,7 @@ TOLERANCES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6)    # on the 
 CLOSE = 1e-3           # relative distance from the minimum
 
 
-# ---- data and time -------------------------------------------------------------------------------
+# ---- data ------------------------------------------------------------------------------------------
 
 def embeddings(n, dim, classes, seed):
     """Correlated embeddings (n, dim) of Gaussian classes, a tenth of the labels wrong, float32."""
@@ -58,32 +63,6 @@ def tags_of(y, labels):
 def standardised(X):
     """Z-scored embeddings, as every solver gets them."""
     return (X - X.mean(0)) / X.std(0, correction=0)
-
-
-def seconds(work, device):
-    """CPU time of one call, or wall time of work on a GPU; and its result."""
-    on_gpu = device.startswith("cuda")
-    clock = time.perf_counter if on_gpu else time.process_time
-    start = clock()
-    result = work()
-    if on_gpu:
-        torch.cuda.synchronize()
-    return clock() - start, result
-
-
-def best_seconds(works, device, repeats):
-    """The best time of each work, and its last result. Works take turns, so that all meet the same load."""
-    best, results = dict.fromkeys(works, np.inf), {}
-    for _ in range(repeats):
-        for name, work in works.items():
-            taken, results[name] = seconds(work, device)
-            best[name] = min(best[name], taken)
-    return best, results
-
-
-def record(name, device, ours, peer, peer_name, **more):
-    values = dict(name=name, device=device, ours=ours, peer=peer, peer_name=peer_name, ratio=ours / peer)
-    return dict(**values, unit="s", higher_is_better=False, **more)
 
 
 # ---- a path of penalties, three ways; each returns weights and intercepts of every penalty ---------
@@ -161,21 +140,31 @@ def loosest(path, measure):
 
 # ---- records --------------------------------------------------------------------------------------
 
-def single_record(o, bar):
+in_seconds = functools.partial(record, unit="s", higher_is_better=False)
+
+
+def best_of(work, device, repeats):
+    """The best time of one work, and its last result."""
+    best, results = best_times({"": work}, repeats, device, processor_time)
+    return best[""], results[""]
+
+
+def single_records(o, bar):
     """One penalty, C = 1, against scikit-learn's LogisticRegression."""
     X, y = embeddings(o.train, o.dim, o.classes, seed=1)
     z = standardised(X)
     device_z, device_y = z.to(o.device), y.to(o.device)
-    ours, results = best_seconds({"ours": lambda: linear_path(device_z, device_y, [1.])}, o.device, o.repeats)
+    ours, path = best_of(lambda: linear_path(device_z, device_y, [1.]), o.device, o.repeats)
     bar.update()
-    peer, model = seconds(lambda: LogisticRegression(max_iter=PEER_STEPS).fit(z.numpy(), y.numpy()), "cpu")
+    regression = LogisticRegression(max_iter=PEER_STEPS)
+    peer, model = timed(lambda: regression.fit(z.numpy(), y.numpy()), clock=processor_time)
     bar.update()
     fit = [(torch.from_numpy(model.coef_), torch.from_numpy(model.intercept_))]
-    path = results["ours"]
-    return record(f"linear/{o.train}x{o.dim}x{o.classes}", o.device, ours["ours"], peer,
-                  f"scikit-learn LogisticRegression(max_iter={PEER_STEPS}), cpu",
-                  objective=float(path.objective[0]), peer_objective=float(objectives(fit, z, y, [1.])[0]),
-                  steps=int(path.n_iter[0]))
+    yield in_seconds(
+        f"linear/{o.train}x{o.dim}x{o.classes}", o.device, ours, peer,
+        f"scikit-learn LogisticRegression(max_iter={PEER_STEPS}), cpu",
+        objective=float(path.objective[0]), peer_objective=float(objectives(fit, z, y, [1.])[0]),
+        steps=int(path.n_iter[0]))
 
 
 def path_records(o, bar, multilabel):
@@ -201,83 +190,84 @@ def path_records(o, bar, multilabel):
     works = {"ours": lambda: our_path(device_z, device_y, PENALTIES)}
     for name, path in peers.items():
         works[name] = lambda path=path, tolerance=tolerances[name]: path(tolerance)
-    best, results = best_seconds(works, o.device, o.repeats)
+    best, results = best_times(works, o.repeats, o.device, processor_time)
     bar.update()
     kind = f"multi/{o.train}x{o.dim}x{o.labels}" if multilabel else f"{o.train}x{o.dim}x{o.classes}"
-    return [record(f"path{len(PENALTIES)}/{kind}", o.device, best["ours"], best[name],
-                   f"{name}, warm-started, tolerance {tolerances[name]:g}", excess=excess(results["ours"]),
-                   peer_excess=distances[name], Cs=PENALTIES) for name in peers]
+    for name in peers:
+        yield in_seconds(
+            f"path{len(PENALTIES)}/{kind}", o.device, best["ours"], best[name],
+            f"{name}, warm-started, tolerance {tolerances[name]:g}",
+            excess=excess(results["ours"]), peer_excess=distances[name], Cs=PENALTIES)
 
 
-def knn_record(o, bar):
+def knn_records(o, bar):
     """k-NN predictions against KNeighborsClassifier, equal votes on both sides."""
     X, y = embeddings(o.train, o.dim, o.classes, seed=1)
     queries, _ = embeddings(o.queries, o.dim, o.classes, seed=2)
     probe = KNNProbe(temperature=None).fit(X.to(o.device), y)
     peer = KNeighborsClassifier(20, metric="cosine", algorithm="brute").fit(X.numpy(), y.numpy())
     device_queries = queries.to(o.device)
-    ours, found = best_seconds({"ours": lambda: probe.predict(device_queries)}, o.device, o.repeats)
+    ours, found = best_of(lambda: probe.predict(device_queries), o.device, o.repeats)
     bar.update()
-    theirs, expected = best_seconds({"peer": lambda: peer.predict(queries.numpy())}, "cpu", o.repeats)
+    theirs, expected = best_of(lambda: peer.predict(queries.numpy()), "cpu", o.repeats)
     bar.update()
-    agreement = float((found["ours"].cpu().numpy() == expected["peer"]).mean())
-    return record(f"knn/{o.train}x{o.queries}x{o.dim}", o.device, ours["ours"], theirs["peer"],
-                  "scikit-learn KNeighborsClassifier(cosine, brute), cpu", agreement=agreement)
+    agreement = float((found.cpu().numpy() == expected).mean())
+    yield in_seconds(f"knn/{o.train}x{o.queries}x{o.dim}", o.device, ours, theirs,
+                     "scikit-learn KNeighborsClassifier(cosine, brute), cpu", agreement=agreement)
 
 
-def geometry_record(o, bar):
+def geometry_records(o, bar):
     """Every measure of geometry on the device; on a GPU against the CPU with all of its threads."""
     X, y = embeddings(o.clips, o.dim, o.classes, seed=1)
     device_X, device_y = X.to(o.device), y.to(o.device)
     geometry(device_X[:1000], device_y[:1000])        # the first call on a GPU is slower
-    ours, found = best_seconds({"ours": lambda: geometry(device_X, device_y)}, o.device, o.repeats)
+    ours, found = best_of(lambda: geometry(device_X, device_y), o.device, o.repeats)
     bar.update()
     name = f"geometry/{o.clips}x{o.dim}x{o.classes}"
     if o.device == "cpu":
-        return record(name, o.device, ours["ours"], ours["ours"], "the same on the cpu", difference=0.)
-    start = time.perf_counter()
-    expected = geometry(X, y)
-    theirs = time.perf_counter() - start
-    difference = float((found["ours"] - expected).abs().max())
-    return record(name, o.device, ours["ours"], theirs, f"the same on the cpu, {torch.get_num_threads()} threads",
-                  difference=difference)
+        yield in_seconds(name, o.device, ours, ours, "the same on the cpu", difference=0.)
+        return
+    theirs, expected = timed(lambda: geometry(X, y))
+    difference = float((found - expected).abs().max())
+    yield in_seconds(name, o.device, ours, theirs, f"the same on the cpu, {torch.get_num_threads()} threads",
+                     difference=difference)
 
 
 def options():
-    as_written = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    parser = option_parser(__doc__)
     sizes = dict(train=20000, queries=5000, clips=50000, dim=768, classes=50, labels=40, repeats=2)
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value, help=f"(default: {value})")
-    parser.add_argument("--device", default="cpu")
+    add_device_option(parser)
     parser.add_argument("--only", choices=("linear", "path", "knn", "geometry"))
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records here")
     return parser.parse_args()
+
+
+PARTS = {
+    "linear": [(2, single_records)],                  # how many timings, and what yields the records
+    "path": [(3, functools.partial(path_records, multilabel=False)),
+             (3, functools.partial(path_records, multilabel=True))],
+    "knn": [(2, knn_records)],
+    "geometry": [(1, geometry_records)],
+}
+
+
+def chosen_parts(o):
+    """The parts to measure; geometry on a CPU, which has nothing to be compared with, only if asked for."""
+    names = [o.only] if o.only else list(PARTS)
+    if o.device == "cpu" and o.only is None:
+        names.remove("geometry")
+    return [part for name in names for part in PARTS[name]]
 
 
 def main():
     o = options()
-    if o.device.startswith("cuda") and not torch.cuda.is_available():
-        sys.exit("no CUDA device here: leave out --device")
     warnings.simplefilter("ignore", ConvergenceWarning)
-    parts = {"linear": [(2, single_record)],
-             "path": [(3, lambda o, bar: path_records(o, bar, multilabel=False)),
-                      (3, lambda o, bar: path_records(o, bar, multilabel=True))],
-             "knn": [(2, knn_record)],
-             "geometry": [(1, geometry_record)]}
-    if o.device == "cpu" and o.only is None:
-        del parts["geometry"]                         # it has nothing to be compared with
-    chosen = [part for name, part_list in parts.items() if o.only in (None, name) for part in part_list]
-    records = []
-    with tqdm(total=sum(steps for steps, _ in chosen), file=sys.stdout, ncols=80, desc="timings") as bar:
-        for _, measure in chosen:
-            result = measure(o, bar)
-            records += result if isinstance(result, list) else [result]
-    print(f"{'record':<28}{'ours':>10}{'peer':>10}{'ratio':>8}  peer")
-    for r in records:
-        print(f"{r['name']:<28}{r['ours']:>8.2f} s{r['peer']:>8.2f} s{r['ratio']:>8.3f}  {r['peer_name']}")
-    if o.json:
-        o.json.write_text(json.dumps(records, indent=1) + "\n")
+    parts = chosen_parts(o)
+    timings = sum(count for count, _ in parts)
+    with progress_bar(timings, "timings") as bar:
+        records = (r for _, measure in parts for r in measure(o, bar))
+        report(records, o.json, end="\n")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,6 @@ cache loads them. What counts is the processor time of the thread, which other w
 repeats of all resamplers take turns and the best of each counts. `ratio` is our speed over that of the peer: above 1,
 ours is faster.
 """
-import argparse
-import json
 import math
 import os
 import time
@@ -26,6 +24,7 @@ import numpy as np
 import scipy
 import torch
 import torchaudio
+from measuring import best_times, option_parser, record, write_records
 from scipy.signal import resample_poly
 
 from act.audio import resample
@@ -125,10 +124,9 @@ def quality_of(work, source, target):
     )
 
 
-def timed(work, x, source, target, calls):
-    start = time.thread_time()
-    for _ in range(calls): work(x, source, target)
-    return (time.thread_time() - start) / calls
+def thread_time(device):
+    """Processor time of this thread."""
+    return time.thread_time()
 
 
 def speed_of(resamplers, source, target, seconds, chunk, repeats):
@@ -136,12 +134,15 @@ def speed_of(resamplers, source, target, seconds, chunk, repeats):
     noise = np.random.default_rng(0).uniform(-.5, .5, (chunk, seconds * source))
     x = noise.astype(np.float32)
     calls = max(1, 24 // (seconds * chunk))
-    best = dict.fromkeys(resamplers, np.inf)
-    for work in resamplers.values(): work(x, source, target)
-    for _ in range(repeats):
-        for name, work in resamplers.items():
-            best[name] = min(best[name], timed(work, x, source, target, calls))
-    return {name: chunk / t for name, t in best.items()}
+
+    def several(work):
+        return lambda: [work(x, source, target) for _ in range(calls)]
+
+    for work in resamplers.values():
+        work(x, source, target)
+    works = {name: several(work) for name, work in resamplers.items()}
+    best, _ = best_times(works, repeats, clock=thread_time)
+    return {name: chunk / (seconds / calls) for name, seconds in best.items()}
 
 
 def records_of(source, target, repeats):
@@ -153,15 +154,12 @@ def records_of(source, target, repeats):
             speed = speed_of(resamplers, source, target, seconds, chunk, repeats)
             for name in list(resamplers)[1:]:
                 _, peer_name = PEERS[name]
-                yield dict(
+                yield record(
                     name=f"resample/{source}-{target}/{seconds}s x {chunk}/{name}",
                     device=f"cpu, 1 of {os.cpu_count()} cores",
                     ours=speed["ours"],
                     peer=speed[name],
                     peer_name=peer_name,
-                    ratio=speed["ours"] / speed[name],
-                    unit="clips/s",
-                    higher_is_better=True,
                     our_quality=quality["ours"],
                     peer_quality=quality[name],
                 )
@@ -182,9 +180,8 @@ def print_pair(source, target, records):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = option_parser(__doc__.splitlines()[0])
     p.add_argument("--repeats", type=int, default=7)
-    p.add_argument("--json")
     a = p.parse_args()
     torch.set_num_threads(1)
     records = []
@@ -192,8 +189,8 @@ def main():
         pair = list(records_of(source, target, a.repeats))
         print_pair(source, target, pair)
         records += pair
-    if a.json:
-        with open(a.json, "w") as f: json.dump(records, f, indent=1)
+        if a.json:
+            write_records(a.json, records)
 
 
 if __name__ == "__main__": main()

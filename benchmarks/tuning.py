@@ -20,17 +20,29 @@
 """
 import argparse
 import importlib.util
-import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from measuring import (
+    add_device_option,
+    answer,
+    best_device,
+    checkout,
+    device_name,
+    in_new_process,
+    in_turns,
+    matmul_rate,
+    option_parser,
+    record,
+    report,
+    seconds_per_call,
+    timed,
+    wait_for,
+)
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -81,38 +93,32 @@ def logged_rate(log):
 
 # ---------------------------------------------------------------- the revision before
 
-def measured_here(options):
+def measured_here(settings):
     """Rows per second of contrastive tuning by the `act` that this process imports."""
     from act.tuning import TuneConfig, tune
+    options = argparse.Namespace(**settings)
+    torch.set_num_threads(options.threads)
     task = training_subset(options.task, options.clips)
-    settings = dict(passes=options.passes, batch=options.batch)
+    size = dict(passes=options.passes, batch=options.batch)
     try:
-        config = TuneConfig(precision="auto", **settings)
+        config = TuneConfig(precision="auto", **size)
     except ValueError:                      # a revision that does not know it yet
-        config = TuneConfig(**settings)
+        config = TuneConfig(**size)
     backbone = load(options.backbone)
     return logged_rate(tune(backbone, task, config, progress=False, inplace=True).log)
-
-
-def measured_by(folder, options):
-    """The same by the `act` in a folder, in a process of its own."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--measure", "--task", options.task,
-               "--backbone", options.backbone, "--clips", str(options.clips), "--batch", str(options.batch),
-               "--passes", str(options.passes), "--device", options.device, "--threads", str(options.threads)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(folder).resolve())}
-    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-    return float(done.stdout.split()[-1])
 
 
 def against_old(options):
     """This revision and an earlier one, in turns; the median of each."""
     here = Path(__file__).resolve().parents[1]
-    rates = {here: [], options.old: []}
-    for _ in range(options.repeats):
-        for folder in rates:
-            rates[folder].append(measured_by(folder, options))
-    ours, old = map(statistics.median, rates.values())
-    yield record(f"step/{options.task}/{options.backbone}/auto", options, ours, old, "the revision before")
+
+    def measured_by(folder):
+        return lambda: in_new_process(measured_here, vars(options), checkout=folder)
+
+    rates = in_turns(dict(ours=measured_by(here), old=measured_by(options.old)), options.repeats)
+    medians = map(statistics.median, rates.values())
+    device = device_name(options.device)
+    yield record(f"step/{options.task}/{options.backbone}/auto", device, *medians, "the revision before")
 
 
 # ---------------------------------------------------------------- transformers.Trainer
@@ -170,12 +176,10 @@ def against_trainer(options):
     config = TuneConfig(method="vanilla", precision="auto", passes=options.passes, batch=options.rows, lr=3e-5,
                         augment=None)
     precision = config.for_backbone(backbone).precision
-    ours, theirs = [], []
-    for _ in range(options.repeats):
-        ours.append(logged_rate(tune(backbone, task, config, progress=False).log))
-        theirs.append(clips_by_trainer(task, options, precision))
-    medians = map(statistics.median, (ours, theirs))
-    yield record("step/wav2vec2-base/auto", options, *medians, "transformers.Trainer")
+    works = dict(ours=lambda: logged_rate(tune(backbone, task, config, progress=False).log),
+                 theirs=lambda: clips_by_trainer(task, options, precision))
+    medians = map(statistics.median, in_turns(works, options.repeats).values())
+    yield record("step/wav2vec2-base/auto", device_name(options.device), *medians, "transformers.Trainer")
 
 
 # ---------------------------------------------------------------- audiosetfit
@@ -184,9 +188,12 @@ def our_epoch(task, options, epochs):
     """Seconds of one of our epochs, a mean over some, and rows through the encoder."""
     from act.tuning import TuneConfig, tune
     config = TuneConfig(passes=2 * epochs, batch=options.batch, augment=None, views=2)
-    started = time.perf_counter()
-    tuned = tune(load(options.backbone), task, config, progress=False, inplace=True)
-    return (time.perf_counter() - started) / epochs, int(tuned.log.rows.sum()) / epochs
+
+    def epochs_of_ours():
+        return tune(load(options.backbone), task, config, progress=False, inplace=True)
+
+    seconds, tuned = timed(epochs_of_ours, options.device)
+    return seconds / epochs, int(tuned.log.rows.sum()) / epochs
 
 
 def audiosetfit_body(options):
@@ -225,9 +232,9 @@ def audiosetfit_epoch(task, options):
     arguments = TrainingArguments(
         embedding_batch_size=options.batch // 2, num_iterations=options.iterations, show_progress_bar=False)
     trainer = Trainer(model, arguments)
-    started = time.perf_counter()
-    trainer.train_embeddings(clips, task.labels[rows].tolist(), arguments)
-    return time.perf_counter() - started, model.model_body.rows
+    labels = task.labels[rows].tolist()
+    seconds, _ = timed(lambda: trainer.train_embeddings(clips, labels, arguments), options.device)
+    return seconds, model.model_body.rows
 
 
 def against_audiosetfit(options):
@@ -237,8 +244,9 @@ def against_audiosetfit(options):
     seconds, rows = our_epoch(task, options, options.iterations)
     their_seconds, their_rows = audiosetfit_epoch(task, options)
     name = f"{options.task}/{options.backbone}"
-    yield record(f"step/{name}", options, len(task) / seconds, len(task) / their_seconds, AUDIOSETFIT)
-    yield record(f"rows/{name}", options, rows / seconds, their_rows / their_seconds, AUDIOSETFIT)
+    device = device_name(options.device)
+    yield record(f"step/{name}", device, len(task) / seconds, len(task) / their_seconds, AUDIOSETFIT)
+    yield record(f"rows/{name}", device, rows / seconds, their_rows / their_seconds, AUDIOSETFIT)
 
 
 # ---------------------------------------------------------------- the device
@@ -257,33 +265,33 @@ def contrastive_loop(clips, seconds, options, precision):
     return loop
 
 
-def wait_for(device):
-    if device == "cuda":
-        torch.cuda.synchronize()
+def seconds_per_step(loop, steps):
+    """A mean over steps that follow each other without waiting for the GPU."""
+    def advance():
+        for _ in range(steps):
+            loop.advance()
+
+    seconds, _ = timed(advance, "cuda")
+    return seconds / steps
 
 
 def of_matrix_rate(options):
     """Whole contrastive steps against a product of matrices."""
-    from backbones import matmul_rate
+    device = device_name("cuda")
     for clips, seconds in LONG_AND_SHORT:
         loop = contrastive_loop(clips, seconds, options, "bf16-mixed")
         with FlopCounterMode(display=False) as counter:
             loop.advance()
         operations = counter.get_total_flops()
         loop.advance()
-        wait_for("cuda")
         torch.cuda.reset_peak_memory_stats()
-        started = time.perf_counter()
-        for _ in range(options.timed_steps):
-            loop.advance()
-        wait_for("cuda")
-        per_step = (time.perf_counter() - started) / options.timed_steps
+        per_step = seconds_per_step(loop, options.timed_steps)
         peak = torch.cuda.max_memory_allocated() / 2**30
         name = f"wav2vec2-base/contrastive/{clips}x{seconds}s"
         rate = matmul_rate(torch.device("cuda"))
-        yield record(f"mfu/{name}", options, operations / per_step, rate, "matrix product", "FLOP/s")
-        yield record(f"step/{name}", options, clips / per_step)
-        yield record(f"memory/{name}", options, peak, unit="GiB", higher_is_better=False)
+        yield record(f"mfu/{name}", device, operations / per_step, rate, "matrix product", "FLOP/s")
+        yield record(f"step/{name}", device, clips / per_step)
+        yield record(f"memory/{name}", device, peak, unit="GiB", higher_is_better=False)
         del loop
         torch.cuda.empty_cache()
 
@@ -296,13 +304,10 @@ def preparation(options):
             few.advance()
         operations = counter.get_total_flops() * clips / 2
         loop = contrastive_loop(clips, seconds, options, "32-true")
-        times = []
-        for _ in range(3 + options.repeats):
-            started = time.perf_counter()
-            loop._prepare(0)
-            times.append(time.perf_counter() - started)
+        prepared = seconds_per_call(lambda: loop._prepare(0), "cpu", 3 + options.repeats, warm_up=0)
         h100 = operations / (.4 * H100_BF16)
-        yield record(f"prepare/wav2vec2-base/{clips}x{seconds}s", options, statistics.median(times), h100 / 5,
+        device = device_name(options.device)
+        yield record(f"prepare/wav2vec2-base/{clips}x{seconds}s", device, prepared, h100 / 5,
                      "a fifth of an H100's step at 40 %", "s", higher_is_better=False)
 
 
@@ -325,16 +330,8 @@ def why_not(part, options):
     return None
 
 
-def record(name, options, ours, peer=None, peer_name=None, unit="clips/s", higher_is_better=True):
-    device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
-    ratio = None if peer is None else ours / peer
-    return dict(name=name, device=device, ours=ours, peer=peer, peer_name=peer_name, ratio=ratio, unit=unit,
-                higher_is_better=higher_is_better)
-
-
 def parsed_options():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser(__doc__)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--task", default="asc40-mini")
     parser.add_argument("--backbone", default="speech-embedding")
@@ -345,39 +342,28 @@ def parsed_options():
     parser.add_argument("--iterations", type=int, default=20, help="audiosetfit's num_iterations, and our epochs")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--timed-steps", type=int, default=10)
-    parser.add_argument("--old", help="a checkout of an earlier revision")
+    parser.add_argument("--old", type=checkout, help="a checkout of an earlier revision")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--json")
+    add_device_option(parser, default=best_device())
     return parser.parse_args()
 
 
-def shown(r):
-    line = f"{r['name']:44} {r['ours']:12.5g} {r['unit']}"
-    if r["peer"] is None:
-        return line
-    return f"{line}   {r['peer_name']} {r['peer']:.5g}   ratio {r['ratio']:.2f}"
-
-
-def main():
-    options = parsed_options()
-    torch.set_num_threads(options.threads)
-    if options.measure:
-        print(measured_here(options))
-        return
-    records = []
+def all_records(options):
+    """The records of every part that can be measured here."""
     for part in options.only:
         reason = why_not(part, options)
         if reason:
             print(f"{part}: not measured, {reason}", flush=True)
             continue
-        for r in PARTS[part](options):
-            records.append(r)
-            print(shown(r), flush=True)
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(records, file, indent=1)
+        yield from PARTS[part](options)
+
+
+def main():
+    options = parsed_options()
+    torch.set_num_threads(options.threads)
+    if options.child:
+        return answer(options.child, measured_here)
+    report(all_records(options), options.json)
 
 
 if __name__ == "__main__":

@@ -297,8 +297,13 @@ def test_ten_times_the_clips(small, large, peak_memory):
 def test_ten_times_the_clips_to_embed(repo, monkeypatch):
     """At most 1.2 times the memory beside the mapped files: with clips and batches, without the libraries."""
     monkeypatch.syspath_prepend(repo / "benchmarks")
-    from embeddings import GIVES_BACK, fresh
-    memory = lambda clips: fresh("embed", "speech-embedding", clips, "cpu", **GIVES_BACK)[1]
+    from embeddings import embedding_cost
+    from measuring import RETURN_FREED_MEMORY, in_new_process
+
+    def memory(clips):
+        _, peak = in_new_process(embedding_cost, "speech-embedding", clips, "cpu", **RETURN_FREED_MEMORY)
+        return peak
+
     assert memory(10000) < 1.2 * memory(1000)
 
 
