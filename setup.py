@@ -1,5 +1,5 @@
 """Packaging, driven by `settings.ini`; `nbdev_export` keeps `pyproject.toml` in step."""
-import shlex, shutil
+import re, shlex, shutil
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -16,13 +16,23 @@ class build_with_manifest(build_py):
     def run(self):
         super().run()
         for name in SHIPPED:
-            if Path(name).exists(): shutil.copy(name, Path(self.build_lib) / cfg["lib_path"])
+            shutil.copy(name, Path(self.build_lib) / cfg["lib_path"])
 
 
 EXTRAS = ("paper", "explorer", "words", "wheels", "hf", "adapters", "formats", "log", "docs", "dev")
 
 
 def listed(key): return shlex.split(cfg.get(key, ""))
+
+
+def readme():
+    """README.md with links that work outside the repository, as on the page of a package index."""
+    text = Path("README.md").read_text(encoding="utf-8")
+    to_image = rf"\1({cfg['git_url']}/raw/{cfg['branch']}/"
+    to_page = rf"\1({cfg['git_url']}/blob/{cfg['branch']}/"
+    relative = r"\((?!https?:|mailto:|#)"
+    text = re.sub(r"(!\[[^]]*\])" + relative, to_image, text)
+    return re.sub(r"((?<!!)\[[^]]*\])" + relative, to_page, text)
 
 
 setuptools.setup(
@@ -34,7 +44,7 @@ setuptools.setup(
                  "Topic :: Multimedia :: Sound/Audio :: Analysis"],
     package_data={cfg["lib_path"]: ["*.html"]}, install_requires=listed("requirements"), python_requires=">=" + cfg["min_python"],
     extras_require={k: listed(f"{k}_requirements") for k in EXTRAS},
-    long_description=Path("README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
+    long_description=readme(), long_description_content_type="text/markdown",
     zip_safe=False, cmdclass={"build_py": build_with_manifest},
     entry_points={"console_scripts": listed("console_scripts"),
                   "act.tasks": ["words = act.words"],

@@ -2,7 +2,7 @@
 
 The names below come from their modules when they are first used, so that ``import act`` costs nothing.
 """
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "core": ("ActError",),

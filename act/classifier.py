@@ -36,6 +36,7 @@ from scipy.special import expit, log_softmax
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, confusion_matrix, precision_recall_curve
 
+import act
 from .audio import (Clip, as_stored, audio_info, collate, read_audio, resample, seekable,
                        sound_address)
 from .backbones import CONFIG, Backbone, load_backbone
@@ -1490,6 +1491,7 @@ def save_pretrained(self: AudioClassifier, folder, card=None, force=False, compa
     sections = {**self.card, **(card or {})}
     if compared is not None:
         sections["Compared"] = _markdown(compared) if isinstance(compared, pd.DataFrame) else compared
+    sections["Version"] = f"act {act.__version__}"
     settings = json.dumps(_settings(self), indent=1, ensure_ascii=False)
     files = {PROBES: safetensors.torch.save(_probe_tensors(self)), CLASSIFIER: settings.encode()}
     return self.backbone.save_pretrained(folder, sections, force, files)

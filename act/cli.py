@@ -9,8 +9,10 @@ __all__ = ['app', 'INTERRUPTED', 'SYSTEM_REMEDIES', 'study_app', 'main', 'reprod
 # %% ../nbs/api/20_cli.ipynb #cli00003
 import contextlib
 import errno
+import importlib.metadata
 import json
 import os
+import re
 import shutil
 import sys
 import warnings
@@ -513,11 +515,11 @@ def _choice_line(classifier):
 
 # %% ../nbs/api/20_cli.ipynb #cli00172
 def _compared(before, after):
-    """Both probes before and after tuning, for the model card; without test clips there is no comparison."""
+    """Both probes before and after tuning, for the model card."""
     import pandas as pd
     frames = {"frozen": before.to_frame(), "tuned": after.to_frame()}
     frame = pd.concat(frames, names=["encoder", "row"]).reset_index("encoder")
-    return frame.set_index(["encoder", "probe"])
+    return frame.set_index("encoder")
 
 
 def _fold_scores(task, folds, seed, **options):
@@ -547,11 +549,16 @@ def _card(before, folds):
 
 # %% ../nbs/api/20_cli.ipynb #cli00174
 def _tuned(task, folds, seed, settings):
-    """Both probes on the frozen encoder, the classifier with the tuned one, and cross-validated scores."""
+    """Both probes before tuning, the classifier, and cross-validated scores.
+
+    With the method ``"frozen"`` the classifier's own probes are those of the frozen encoder, and `before` is None.
+    """
     from act.classifier import AudioClassifier
     from act.probes import probe
+    from act.tuning import FROZEN
     by_fold = _fold_scores(task, folds, seed, **settings) if folds else {}
-    before = probe(settings["backbone"], task)
+    tuned = settings["method"] != FROZEN
+    before = probe(settings["backbone"], task) if tuned else None
     return before, AudioClassifier.train(task, **settings), by_fold
 
 # %% ../nbs/api/20_cli.ipynb #cli00029b
@@ -601,29 +608,37 @@ def tune(where: Path = typer.Argument(..., callback=_home,
     with _stdout_free(as_json):
         _announce_task(task)
         before, classifier, by_fold = _tuned(task, folds, seed, settings)
-    compared = _compared(before, classifier.dual)
+    compared = _compared(before, classifier.dual) if before is not None else None
     classifier.save_pretrained(out, _card(before, by_fold), force, compared)
     _print_tuned(out, method, before, classifier, by_fold, as_json)
 
 # %% ../nbs/api/20_cli.ipynb #cli00051
+def _scores_of_tuning(before, classifier, by_fold):
+    """The scores of `act tune` for --json."""
+    after = classifier.dual
+    before = before or after
+    scores = dict(before=before.linear.metrics, after=after.linear.metrics,
+                  knn_before=before.knn.metrics, knn_after=after.knn.metrics,
+                  ece_before=classifier.calibration.ece_before, ece_after=classifier.calibration.ece_after,
+                  chosen=_chosen(classifier))
+    return {**scores, "folds": by_fold} if by_fold else scores
+
+
 def _print_tuned(out, method, before, classifier, by_fold, as_json):
     """The scores of `act tune`, and where the classifier is."""
-    after = classifier.dual
-    ece_before = classifier.calibration.ece_before
-    ece_after = classifier.calibration.ece_after
     if as_json:
-        scores = dict(before=before.linear.metrics, after=after.linear.metrics,
-                      knn_before=before.knn.metrics, knn_after=after.knn.metrics,
-                      ece_before=ece_before, ece_after=ece_after, chosen=_chosen(classifier))
-        if by_fold: scores["folds"] = by_fold
+        scores = _scores_of_tuning(before, classifier, by_fold)
         typer.echo(json.dumps(dict(saved=str(out), **scores)))
         return
     typer.echo(f"{_choice_line(classifier)}\n")
-    typer.echo(f"before\n\n{before._repr_markdown_()}\n")
-    typer.echo(f"after {method} tuning\n\n{after._repr_markdown_()}\n")
-    typer.echo(f"Expected calibration error: {ece_before:.3f}, after calibration {ece_after:.3f}\n")
+    if before is not None:
+        typer.echo(f"before\n\n{before._repr_markdown_()}\n")
+        typer.echo(f"after {method} tuning\n")
+    typer.echo(f"{classifier.dual._repr_markdown_()}\n")
+    errors = classifier.calibration
+    typer.echo(f"Expected calibration error: {errors.ece_before:.3f}, after calibration {errors.ece_after:.3f}\n")
     typer.echo(f"The classifier and its card (README.md) are in {out}; act predict {out} FILES uses it; "
-               f"its tuned encoder in Python: act.load_backbone({str(out)!r})")
+               f"its encoder in Python: act.load_backbone({str(out)!r})")
 
 # %% ../nbs/api/20_cli.ipynb #cli00061
 def _files_of(paths):
@@ -1004,10 +1019,48 @@ def _check_jobs():
     jobs = default_jobs()
     return True, f"{jobs} at once", ""
 
+# %% ../nbs/api/20_cli.ipynb #cli00052e
+_OF_AN_EXTRA = re.compile(r"([\w.-]+).*\bextra == ['\"](\w+)['\"]")
+_FOR_DEVELOPERS = "dev", "docs"
+
+
+def _extras():
+    """Each extra of act to the libraries that it installs, as the metadata of the installed package says."""
+    libraries = {}
+    try:
+        requirements = importlib.metadata.requires("act") or []
+    except importlib.metadata.PackageNotFoundError:
+        return libraries
+    for requirement in requirements:
+        found = _OF_AN_EXTRA.match(requirement)
+        if found and found[2] not in _FOR_DEVELOPERS:
+            libraries.setdefault(found[2], []).append(found[1])
+    return libraries
+
+
+def _is_installed(library):
+    try:
+        return bool(importlib.metadata.version(library))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+# %% ../nbs/api/20_cli.ipynb #cli00052f
+def _check_extras():
+    extras = _extras()
+    if not extras:
+        return True, "unknown; act runs from its source, without having been installed", ""
+    missing = [extra for extra, libraries in extras.items() if not all(map(_is_installed, libraries))]
+    installed = ", ".join(extra for extra in extras if extra not in missing) or "none"
+    if not missing:
+        return True, installed, ""
+    names = ",".join(missing)
+    return True, f"{installed}; pip install 'act[{names}]' adds the others", ""
+
 # %% ../nbs/api/20_cli.ipynb #cli00052a1
 DOCTOR_CHECKS = {"Python": _check_python,
           "torch, torchaudio": _check_torch,
           "GPU": _check_gpu,
+          "extras": _check_extras,
           "cache": _check_cache,
           "mirror": _check_mirror,
           "manifest": _check_manifest,
@@ -1057,7 +1110,7 @@ def doctor(online: bool = typer.Option(False, help="Also ask every address of th
            profile: Optional[str] = typer.Option(None, help="With --online: of quick, small or full only."),
            timeout: float = typer.Option(20, min=0.1, help="With --online: seconds to wait for an answer."),
            as_json: bool = AsJson):
-    """Check this machine, and say how to mend it. Python, torch, GPU, cache, disk, mirror, manifest, jobs.
+    """Check this machine, and say how to mend it. Python, torch, GPU, extras, cache, disk, mirror, manifest, jobs.
 
     Example: act doctor --online --profile full
     """

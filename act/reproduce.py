@@ -184,7 +184,8 @@ def paper_notebooks(only=None):
     return [path for path in notebooks if path.stem in selected]
 
 # %% ../nbs/api/18_reproduce.ipynb #cli00014
-_NOT_EXECUTED = ("reproduce", "cli", "explorer", "_modidx")      # modules that no paper notebook executes
+# Modules that no paper notebook executes, and the one that holds only names and the version.
+_NOT_EXECUTED = ("__init__", "reproduce", "cli", "explorer", "_modidx")
 
 
 def _library_code():

@@ -473,6 +473,7 @@ def test_the_card_shows_the_mistakes_and_what_was_compared(trained, tmp_path):
     counts = np.array([[int(cell) for cell in line.split("|")[2:-1]] for line in table[2:]])
     assert counts.sum() == len(task.indices("test"))
     assert counts.trace() / counts.sum() == pytest.approx(classifier.dual.linear.metrics["accuracy"])
+    assert f"act {act.__version__}" in card
     assert "## Compared" in card and "tuned\\|here" in card and "0.75" in card
     y = np.arange(100) % 40
     title, table = _confusion(y, np.where(y == 7, 3, y), [f"class {i}" for i in range(40)])

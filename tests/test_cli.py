@@ -232,6 +232,8 @@ def test_tuning_says_what_it_chose(act, audio, tmp_path):
         assert section in card
     status, out, err = act("tune", audio, "--backbone", "log-mel", "--method", "frozen", "--out", tmp_path / "frozen")
     assert status == 0 and "Settings: the encoder is frozen" in out, err
+    card = (tmp_path / "frozen" / "README.md").read_text()
+    assert out.count("| linear") == 1 and "before" not in out and "Before tuning" not in card
 
 
 @pytest.mark.parametrize("trials, rates", [("1", [1e-3]), ("3", [3.33e-4, 1e-3, 3e-3]), ("2", [3.33e-4, 1e-3]), ("3e-4,1e-3", [3e-4, 1e-3])])
@@ -447,6 +449,20 @@ def test_the_doctor_makes_every_check(fault, act, tmp_path, monkeypatch):
     assert status == 1 and [state for state, _ in lines].count("FAIL") == 1 and err.count("\n") == 1, out
     rows = json.loads(act("doctor", "--json")[1])
     assert sum(bool(row["remedy"]) for row in rows) == 1
+
+
+def test_the_doctor_names_the_extras(monkeypatch):
+    extras = {"wheels": ["numpy"], "paper": ["numpy", "no-such-library"], "words": ["no-such-library"]}
+    monkeypatch.setattr(cli, "_extras", lambda: extras)
+    assert cli._check_extras()[1] == "wheels; pip install 'act[paper,words]' adds the others"
+    monkeypatch.setattr(cli, "_extras", dict)
+    assert "without having been installed" in cli._check_extras()[1]
+
+
+def test_extras_are_those_of_the_metadata(monkeypatch):
+    listed = ["numpy>=2.0", "onnx>=1.16; extra == 'wheels'", 'datasets>=4; extra == "hf"', 'pytest>=8; extra == "dev"']
+    monkeypatch.setattr(cli.importlib.metadata, "requires", lambda name: listed)
+    assert cli._extras() == {"wheels": ["onnx"], "hf": ["datasets"]}
 
 
 @pytest.mark.parametrize("variable, place", [("ACT_CACHE", "file/cache"), ("ACT_MIRROR", "nowhere"), ("ACT_MANIFEST", "nowhere")])

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -152,12 +153,18 @@ def test_make_chooses_a_tested_python(repo, tmp_path, broken):
 
 @pytest.mark.slow
 def test_the_wheel_works_alone(repo, tmp_path):
-    """The wheel in a new environment, without extras: the loss, the command line, a tuned encoder."""
+    """A wheel out of the source distribution, in a new environment without extras: the loss, the command line."""
     source = tmp_path / "source"
     subprocess.run(["git", "clone", "-q", str(repo), str(source)], check=True)
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source)],
+    build = f"from setuptools.build_meta import build_sdist; build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    sdist, = tmp_path.glob("act-*.tar.gz")
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(sdist)],
                    check=True)
     wheel, = tmp_path.glob("act-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"act/data_manifest.yaml", "act/references.bib", "act/style.html"} <= set(names)
+    assert {name.split("/")[0].partition("-")[0] for name in names} == {"act"}
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env" / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "-q", "-c", str(repo / "constraints.txt"), str(wheel)], check=True, cwd=tmp_path)
@@ -166,7 +173,7 @@ def test_the_wheel_works_alone(repo, tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"ACT_CACHE": str(tmp_path / "cache")}
     checked = subprocess.run([python, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert checked.stdout.strip() == "True", checked.stderr
-    for command in (["--help"], ["backbones"], ["tasks"], ["doctor"]):
+    for command in (["--version"], ["--help"], ["backbones"], ["tasks"], ["doctor"]):
         done = subprocess.run([python.with_name("act"), *command], cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert not done.returncode, done.stderr
     missing = subprocess.run([python, "-c", "import papermill"], capture_output=True)

@@ -78,6 +78,20 @@ def test_citation_follows_the_standard(repo):
     assert "2309.11895" in json.dumps(citation["preferred-citation"])
 
 
+def test_everything_names_the_same_version(repo):
+    """Settings, citation, package and the newest version of the changelog, whose date the citation has too."""
+    import configparser
+
+    import act
+    settings = configparser.ConfigParser(delimiters=["="])
+    settings.read(repo / "settings.ini", encoding="utf-8")
+    citation = yaml.load((repo / "CITATION.cff").read_text(encoding="utf-8"), yaml.BaseLoader)
+    changelog = (repo / "CHANGELOG.md").read_text(encoding="utf-8")
+    version, date = re.search(r"^## (\d+\.\d+\.\d+) - (\d{4}-\d\d-\d\d)$", changelog, re.M).groups()
+    assert act.__version__ == settings["DEFAULT"]["version"] == citation["version"] == version
+    assert citation["date-released"] == date
+
+
 def test_reported_values_have_sources(repo):
     from act.report import reported
     reported(repo / "nbs" / "paper" / "reported.csv", "table_2")
