@@ -848,6 +848,7 @@ class SpeechEmbedding(Backbone):
 def _speech_embedding(pretrained=True):
     if not pretrained:
         return SpeechEmbedding(speech_network())
+    import_extra("onnx", "wheels", "speech-embedding")      # before anything is fetched
     path = weight_file("speech-embedding")
     return SpeechEmbedding(read_speech_network(path))
 
@@ -1994,7 +1995,7 @@ def _model_card(backbone, sections):
         "torchaudio": torchaudio.__version__,
     }
     sections = {"Model": facts, **(sections or {}), "Environment": environment}
-    card = f"{_CARD_HEADER}# {backbone.name}, tuned with act\n"
+    card = f"{_CARD_HEADER}# {backbone.name}, saved with act\n"
     for title, body in sections.items():
         card += f"\n## {title}\n\n{_as_markdown(body)}\n"
     return card

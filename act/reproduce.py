@@ -391,7 +391,7 @@ def _write_page(out, name, outcome):
         write_atomic(page, _notebook_page(page.with_suffix(".ipynb")))
 
 # %% ../nbs/api/18_reproduce.ipynb #rpd00023
-_STATED = ("revision", "device", "python", "packages")
+_STATED = ("act", "revision", "device", "python", "packages")
 
 
 def _provenances(out):
@@ -406,7 +406,7 @@ def _provenances(out):
 
 def _values_of(provenances, key):
     """The different values of a part of the provenance, as text."""
-    values = [provenance[key] for provenance in provenances]
+    values = [provenance[key] for provenance in provenances if key in provenance]
     if key == "packages":
         values = [json.dumps(packages, sort_keys=True) for packages in values]
     return sorted({str(value) for value in values})
@@ -419,7 +419,9 @@ def _about(out, profile, outcomes):
              f"Made by `make reproduce PROFILE={profile}` from {len(provenances)} runs (`runs/`, one JSON file each); "
              "`act check-results` derives the tables from them again.", ""]
     for key in _STATED:
-        lines.append(f"- {key}: {', '.join(_values_of(provenances, key))}")
+        values = _values_of(provenances, key)
+        if values:
+            lines.append(f"- {key}: {', '.join(values)}")
     for name, outcome in outcomes.items():
         verb = "failed" if outcome["status"] == "failed" else "made"
         lines.append(f"- {name}: {verb} in {outcome['seconds']:.0f} s")

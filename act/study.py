@@ -372,6 +372,17 @@ def _package_versions():
     return installed
 
 # %% ../nbs/api/15_study.ipynb #stu00182a1
+def _checkout():
+    """The revision of act's repository, and whether it is clean; nothing where act is installed.
+
+    An installed act may lie inside the repository of a user, in which git does not know its files.
+    """
+    if not _git("ls-files", "__init__.py"):
+        return {}
+    changes = _git("status", "--porcelain", "--untracked-files=no", "--", *_CODE_ONLY)
+    return dict(revision=_git("rev-parse", "HEAD"), clean=not changes)
+
+
 @lru_cache
 def provenance():
     """Versions, device and revision.
@@ -379,19 +390,18 @@ def provenance():
     Returns
     -------
     dict
-        ``python``, ``packages`` (dict of name to version), ``device``, ``revision`` of git, and whether the
-        working tree was ``clean``.
+        ``python``, ``packages`` (dict of name to version), ``device``, the version of ``act``; where act is
+        a checkout of its repository also the ``revision`` of git, and whether the working tree was ``clean``.
     """
     device = f"CPU {platform.machine()}"
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
-    changes = _git("status", "--porcelain", "--untracked-files=no", "--", *_CODE_ONLY)
     return dict(
+        act=importlib.import_module("act").__version__,
         python=platform.python_version(),
         packages=_package_versions(),
         device=device,
-        revision=_git("rev-parse", "HEAD"),
-        clean=not changes)
+        **_checkout())
 
 # %% ../nbs/api/15_study.ipynb #stu00021
 _CHOSEN = dict(linear="C", knn="k")      # each probe, and its hyper-parameter that is chosen on validation

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score
 
+import act
 from act import study
 from act.core import cache_dir
 from act.manifest import weight_file
@@ -468,3 +469,19 @@ def test_a_deadline_that_is_no_time_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("ACT_DEADLINE", "soon")
     with pytest.raises(StudyError, match="ACT_DEADLINE=soon"):
         execute_all([Run("words-4", "log-mel")], Store(tmp_path), jobs=1, progress=False)
+
+
+def test_provenance_of_an_installed_act_names_no_repository_of_the_user(tmp_path):
+    """act lies in the folder of packages of a repository that ignores it."""
+    import shutil
+    shutil.copytree(Path(act.__file__).parent, tmp_path / "packages" / "act", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / ".gitignore").write_text("packages\n")
+    for command in (["init", "-q"], ["add", ".gitignore"],
+                    ["-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-q", "-m", "mine"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    code = "import act, json; from act.study import provenance; print(json.dumps([act.__file__, provenance()]))"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True,
+                         env={**os.environ, "PYTHONPATH": str(tmp_path / "packages")})
+    path, stated = json.loads(ran.stdout.splitlines()[-1])
+    assert path.startswith(str(tmp_path)) and stated["act"] == act.__version__
+    assert "revision" not in stated and "clean" not in stated
