@@ -1175,8 +1175,9 @@ def _draw_effects(ax, rows):
     "One panel: claims from top to bottom, their effects, and verdicts on the right."
     for place, row in enumerate(rows.itertuples()):
         colour = _VERDICT_COLOURS.get(row.verdict, "#555555")
-        ax.plot([row.low, row.high], [place, place], color=colour, linewidth=2)
-        ax.plot(row.mean, place, "o", color=colour, markersize=7)
+        scale = 100 if row.unit else 1
+        ax.plot([scale * row.low, scale * row.high], [place, place], color=colour, linewidth=2)
+        ax.plot(scale * row.mean, place, "o", color=colour, markersize=7)
         words = f"{_marked_verdict(row.verdict)}\n{_effect_words(row)}"
         ax.annotate(words, (1.02, place), xycoords=("axes fraction", "data"), va="center", fontsize=9)
     ax.axvline(0, color="black", linewidth=1)
