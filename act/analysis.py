@@ -1380,7 +1380,7 @@ register_claim("dual probe", Claim(
     rows=_dual_probe_rows))
 register_claim("own side", Claim(
     text="Each probe reads its own side of the geometry",
-    statistic="the same correlation, given the other side of the geometry",
+    statistic="rank correlation of each probe's test score with its side of the geometry, given the other side",
     points=False,
     rows=partial(_dual_probe_rows, prefix="partial_")))
 

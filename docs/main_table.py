@@ -1,6 +1,8 @@
 """The main table of the README and the home page, from the committed Tables 2 and 3: no number is typed."""
 import pandas as pd
 
+from act.report import number_text
+
 SINGLE, MULTI = "table_2_single_label", "table_3_multi_label"
 FINE_TUNED = {SINGLE: "vanilla", MULTI: "bce"}              # the paper's baseline in each table
 CONTRASTIVE = {SINGLE: "contrastive", MULTI: "jaccard"}     # what the paper proposes
@@ -77,7 +79,7 @@ def _side(row):
 
 def _where(rows):
     """Tasks with the difference in points, as a list in words."""
-    return ", ".join(f"{row.task} ({100 * row.difference:+.1f})" for row in rows.itertuples())
+    return ", ".join(f"{row.task} ({number_text(100 * row.difference, sign=True)})" for row in rows.itertuples())
 
 
 def _sentence(probe, rows):

@@ -130,14 +130,14 @@ def picture_name(path): return f"{path.parent.name}-{path.name}"
 
 
 ARTEFACT_HEADINGS = dict(chosen="Chosen settings", paired="Paired differences", rows="Row by row", geometry="Probes and geometry",
-                         labels="Labels", labels_paired="Labels: paired differences", maps="Maps", purity="Purity")
+                         labels="Labels", labels_paired="Labels: paired differences", maps="Maps", purity="Purity", effects="Effects")
 
 
 def _heading(path):
     """What stands above an artefact: which part of the page it is, and the profile of the run."""
     parts = path.stem.split("_")
     known = next((words for suffix, words in ARTEFACT_HEADINGS.items() if path.stem.endswith(f"_{suffix}") and len(parts) > 2), None)
-    if path.stem in ("claims_rows", "claims_geometry"): known = ARTEFACT_HEADINGS[parts[1]]
+    if path.stem in ("claims_rows", "claims_geometry", "claims_effects"): known = ARTEFACT_HEADINGS[parts[1]]
     return f"## {known or 'Results'} (profile `{path.parent.name}`)"
 
 
@@ -157,38 +157,14 @@ def _artefact(path):
     return for_readers(path.read_text(encoding="utf-8").strip())
 
 
-NUMBER = re.compile(r"[-+−]?[\d.,]*\d(?: ± [\d.]+)?(?: points)?|[-+−]?[\d.]+ to [-+−]?[\d.]+|–|not measured|")
-FROZEN_ONLY = "Encoders that were only read frozen:"
-
-
-def _as_table(head, rows):
-    """Rows of text as Markdown: numbers to the right and unbroken, the first column once for rows that share it."""
-    numeric = [all(NUMBER.fullmatch(cell) for cell in column) and any(column) for column in zip(*rows)]
-    lines = [head, ["--:" if right else ":--" for right in numeric]]
-    above = None
-    for row in rows:
-        first = "" if row[0] == above else row[0]
-        cells = [cell.replace(" ", "\u00a0") if right else cell for cell, right in zip(row[1:], numeric[1:])]
-        lines.append([first, *cells])
-        above = row[0]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines).replace("k-NN", "k\u2011NN")
+NUMBER = re.compile(r"(?<=\d) (?=± \d|points|to [+−\d])|(?<=[±]) (?=\d)|(?<=to) (?=[+−\d])")             # blanks inside a number
 
 
 def for_readers(markdown):
-    """A committed table as a page shows it; encoders that were not tuned stand in a table of their own."""
+    """A committed table as a page shows it: numbers are not broken, and a table wider than the page scrolls."""
     lines = markdown.split("\n")
-    table = [line for line in lines if line.startswith("|")]
-    if len(table) < 3: return markdown
-    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
-    frozen = [i for i, name in enumerate(head) if name.startswith("frozen")]
-    others = [i for i, name in enumerate(head) if name.split(" ")[0] in ("vanilla", "lp-ft", "contrastive")]
-    untuned = [row for row in rows if others and frozen and all(row[i] == "–" for i in others)]
-    shown = _as_table(head, [row for row in rows if row not in untuned]) if len(untuned) < len(rows) else _as_table(head, rows)
-    if untuned and len(untuned) < len(rows):
-        kept = [i for i in range(len(head)) if i not in others]
-        shown += f"\n\n{FROZEN_ONLY}\n\n" + _as_table([head[i] for i in kept], [[row[i] for i in kept] for row in untuned])
-    start = lines.index(table[0])
-    return "\n".join([*lines[:start], shown, *lines[start + len(table):]])
+    unbroken = [NUMBER.sub("\u00a0", line).replace("k-NN", "k\u2011NN") if line.startswith("|") else line for line in lines]
+    return "\n".join(unbroken).replace("<table", '<div class="table-wrapper"><table').replace("</table>", "</table></div>")
 
 
 def paper_note(source, results=RESULTS):

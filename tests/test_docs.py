@@ -147,17 +147,21 @@ def test_the_main_table_has_the_tuned_rows_and_says_who_wins(tmp_path):
     assert len(table) == 3 and not empty
     cells = table[2].strip("| ").split(" | ")
     assert cells == ["birds", "12", "enc", "50.0", "40.0", "**70.4 ± 1.0**", "70.0 ± 1.0", "**60.0 ± 2.0**", "65.0 ± 3.0", "**60.0 ± 4.0**"]
-    assert sentences == ("Linear probe: fine-tuning is ahead on birds (-5.0). "
-                         "k-NN probe: no difference is detected on birds (+0.0).")
+    assert sentences == ("Linear probe: fine-tuning is ahead on birds (−5.0). "
+                         "k-NN probe: no difference is detected on birds (0.0).")
 
 
 def test_tables_are_for_readers():
-    from pages import FROZEN_ONLY, for_readers
-    table = "Caption.\n\n| task | backbone | frozen k-NN | vanilla k-NN |\n|:--|:--|:--|:--|\n| a | x | 1.0 | 2.0 ± 0.1 |\n| a | y | 3.0 | – |"
-    above, below = for_readers(table).split(f"\n\n{FROZEN_ONLY}\n\n")
-    assert above.startswith("Caption.\n\n| task |") and "| :-- | :-- | --: | --: |" in above and "2.0\u00a0±\u00a00.1" in above
-    assert "vanilla" not in below and "| a | y | 3.0 |" in below
+    from pages import for_readers
+    page = for_readers("Mean ± half.\n\n| a k-NN |  95 % |\n| :-- | --: |\n| 2.0 ± 0.1 | −1.0 to +2.0 |")
+    assert "Mean ± half." in page and "2.0\u00a0±\u00a00.1" in page and "−1.0\u00a0to\u00a0+2.0" in page and "k\u2011NN" in page
+    assert for_readers("<table>\n</table>") == '<div class="table-wrapper"><table>\n</table></div>'
     assert for_readers("no table") == "no table"
+
+
+def test_effects_of_claims_have_a_heading():
+    from pages import _heading
+    assert _heading(Path("small/claims_effects.svg")) == "## Effects (profile `small`)"
 
 
 def test_paper_page_says_which_run_it_shows(tmp_path):

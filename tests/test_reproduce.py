@@ -176,10 +176,10 @@ def test_every_notebook_makes_its_artefacts(tmp_path):
     out = tmp_path / "every"
     made = {p.name for p in out.iterdir()}
     tables = "table_1_tasks table_2_single_label table_2_single_label_chosen table_3_multi_label figure_2_class_count figure_3_geometry figure_4_budget figure_4_budget_chosen table_4_ablations table_4_ablations_labels claims claims_rows"
-    figures = "figure_1_framework figure_2_class_count figure_3_maps figure_3_purity figure_4_budget"
+    figures = "figure_1_framework figure_2_class_count figure_3_maps figure_3_purity figure_4_budget claims_effects"
     assert {f"{t}.{k}" for t in tables.split() for k in ("csv", "md", "tex")} | {f"{f}.{k}" for f in figures.split() for k in ("svg", "pdf")} <= made
     report = (out / "index.html").read_text()
-    assert report.count("data:image/svg+xml") == 5 and all(alt for alt in re.findall(r'<img alt="([^"]*)"', report)) and "The dual probe shows why" in report
+    assert report.count("data:image/svg+xml") == 6 and all(alt for alt in re.findall(r'<img alt="([^"]*)"', report)) and "The dual probe shows why" in report
     assert "<audio" in (out / "notebooks" / "table_1_tasks.html").read_text()
     claimed = (out / "claims.csv").read_text()
     (out / "claims.csv").write_text(claimed.replace("undecided", "supported"))

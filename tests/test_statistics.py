@@ -258,7 +258,7 @@ def test_the_own_classifier_has_a_column_where_records_hold_its_score():
     heads = [record(30, seed, head=dict(test=dict(accuracy=.9), valid=dict(accuracy=.8))) for seed in range(2)]
     long = long_table(compared(frozen=[record(20)], vanilla=heads))
     assert long.probe.tolist() == ["linear", "knn", "linear", "knn", "head"] and long["mean"].tolist()[-1] == .9
-    assert wide_table(long)[("vanilla", "head")].tolist() == ["90.0 ± 0.0"]
+    assert wide_table(long)[("vanilla", "own head")].tolist() == ["90.0 ± 0.0"]
 
 
 # ---------------------------------------------------------------- sets of labels

@@ -103,3 +103,52 @@ def test_committed_results_follow_from_their_records(repo):
     if not results.is_dir():
         pytest.skip("no committed results yet")
     assert differing_files(results, repo / "nbs" / "paper" / "reported.csv") == []
+
+
+def _rows_of_tabulars(text):
+    """Number of columns, and the numbers of cells of every row, of each tabular of a LaTeX file."""
+    for columns, body in re.findall(r"\\begin\{tabular\}\{(.*?)\}\n(.*?)\\end\{tabular\}", text, re.S):
+        kinds = re.sub(r"p\{.*?\}", "p", columns)
+        assert set(kinds) <= set("lrp")
+        cells = []
+        for row in re.findall(r"^(.*) \\\\$", body, re.M):
+            spans = [int(span) - 1 for span in re.findall(r"\\multicolumn\{(\d+)\}", row)]
+            cells.append(len(re.split(r"(?<!\\)&", row)) + sum(spans))
+        yield len(kinds), cells
+
+
+def test_results_in_latex_are_well_formed(repo):
+    """Braces and environments are balanced, rows have as many cells as there are columns, letters are ASCII."""
+    files = sorted((repo / "results" / "small").glob("*.tex"))
+    for path in files:
+        text = path.read_text(encoding="utf-8")
+        plain = re.sub(r"\\[{}$]", "", text)
+        assert plain.count("{") == plain.count("}") and plain.count("$") % 2 == 0, path.name
+        opened = re.findall(r"\\begin\{(\w+)\}", text)
+        assert sorted(opened) == sorted(re.findall(r"\\end\{(\w+)\}", text)), path.name
+        assert text.isascii(), path.name
+        assert f"\\label{{tab:{path.stem}}}" in text and text.count(r"\caption{") == 1, path.name
+        tables = list(_rows_of_tabulars(text))
+        assert tables and all(set(cells) == {columns} for columns, cells in tables), path.name
+
+
+def test_the_printed_tasks_follow_from_their_csv(repo):
+    import pandas as pd
+
+    from act.report import _follows, tasks_text
+    path = repo / "results" / "small" / "table_1_tasks.csv"
+    if not path.exists():
+        pytest.skip("no committed results yet")
+    long = pd.read_csv(path)
+    wide, notes = tasks_text(long)
+    assert all(_follows(path.with_suffix(suffix), long, wide) for suffix in (".md", ".tex"))
+    assert all(note in path.with_suffix(".md").read_text(encoding="utf-8") for note in notes)
+
+
+def test_printed_results_have_one_minus_sign(repo):
+    files = [path for path in (repo / "results" / "small").glob("*.md") if path.stem != "README"]
+    for path in files:
+        text = path.read_text(encoding="utf-8")
+        table = "\n".join(line for line in text.split("\n") if line.startswith(("|", "<tr>")))
+        assert not re.search(r"(?:^|[ >(])-\d", table, re.M), path.name
+        assert not re.search(r"−0\.0+(?!\d)", table), path.name
