@@ -910,7 +910,8 @@ FIGURE_STYLE = {
     "lines.markersize": 5,
 }
 MARKERS = "os^DvPX"
-CLASS_COLOURS = (*PALETTE, "#882255", "#888888")
+CLASS_COLOURS = tuple("#999933" if colour == "#F0E442" else colour for colour in PALETTE)      # yellow dots are too pale
+CLASS_COLOURS += ("#882255", "#888888")
 
 # %% ../nbs/api/17_report.ipynb #fig00013
 def method_markers(methods):
@@ -1197,7 +1198,8 @@ def _draw_budgets(ax, part, axis, colours, markers):
             ax.axhline(score.mean(), color=colours[method], label=method)
         else:
             style = dict(color=colours[method], marker=markers[method])
-            ax.errorbar(line[axis], score, half, capsize=3, label=method, **style)
+            within = np.minimum(half, score), np.minimum(half, 100 - score)      # scores end at 0 and 100
+            ax.errorbar(line[axis], score, within, capsize=3, label=method, **style)
     _count_axis(ax, part[axis][part[axis] > 0], "")
 
 # %% ../nbs/api/17_report.ipynb #fig00036
