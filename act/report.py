@@ -910,8 +910,8 @@ FIGURE_STYLE = {
     "lines.markersize": 5,
 }
 MARKERS = "os^DvPX"
-CLASS_COLOURS = tuple("#999933" if colour == "#F0E442" else colour for colour in PALETTE)      # yellow dots are too pale
-CLASS_COLOURS += ("#882255", "#888888")
+_OF_DOTS = {"#F0E442": "#999933"}      # dots in yellow are too pale
+CLASS_COLOURS = (*(_OF_DOTS.get(colour, colour) for colour in PALETTE), "#882255", "#888888")
 
 # %% ../nbs/api/17_report.ipynb #fig00013
 def method_markers(methods):
