@@ -256,6 +256,34 @@ def _declared_parameters(notebook, parameters):
             names.add(target.id)
     return {key: parameters[key] for key in parameters if key in names}
 
+# %% ../nbs/api/18_reproduce.ipynb #fig00051
+_BAR = re.compile(r"[^\n]*\r[^\n]*\n?")      # a line that was written over, to its end
+
+
+def _without_progress(outputs):
+    """The outputs of a cell without progress bars; pieces of one stream become one output."""
+    kept = []
+    for output in outputs:
+        last = kept[-1] if kept else {}
+        if output["output_type"] == "stream" and output["name"] == last.get("name"):
+            last["text"] += output["text"]
+        else:
+            kept.append(output)
+    for output in kept:
+        if output["output_type"] == "stream":
+            output["text"] = _BAR.sub("", output["text"])
+    return [output for output in kept if output.get("text", True)]
+
+
+def _drop_progress(notebook):
+    """Take the progress bars out of an executed notebook."""
+    import nbformat
+    content = nbformat.read(notebook, 4)
+    for cell in content.cells:
+        if cell.cell_type == "code":
+            cell.outputs = _without_progress(cell.outputs)
+    write_atomic(notebook, nbformat.writes(content))
+
 # %% ../nbs/api/18_reproduce.ipynb #rpd00017
 KERNELS = dict(KernelManager=dict(transport_encryption="auto"))      # without it each start prints a warning
 
@@ -272,6 +300,7 @@ def _execute(notebook, executed, parameters):
         parameters=_declared_parameters(notebook, parameters), progress_bar=False,
         log_output=True, stdout_file=sys.stdout,
         config=Config(KERNELS), kernel_manager_class=_kernel_manager())
+    _drop_progress(executed)
 
 # %% ../nbs/api/18_reproduce.ipynb #rpd00018
 def _cause(error):
