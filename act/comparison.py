@@ -30,7 +30,7 @@ from .geometry import plot_projection
 from .paper import SINGLE_LABEL_METHODS, named_methods
 from .report import (PAIRED_PROTOCOL, alternative_text, geometry_text, method_colours, paired_text, picture,
                         protocol, save_figure, save_table, wide_table)
-from .reproduce import FORWARD_SHARE, SAMPLED, audio_speed, environment_table, page_template, table_html
+from .reproduce import FORWARD_SHARE, SAMPLED, audio_speed, boxed, environment_table, page_template, table_html
 from .study import (EXTENSIONS, Run, Store, compare, default_jobs, provenance, run_embedding,
                        validation_score)
 from .tasks import SPLITS, draw_folds, load_task, register_task
@@ -660,7 +660,8 @@ def _write_report(result, figures):
     pictures = {}
     for name, (figure, alt) in figures.items():
         save_figure(name, result.out, figure, alt)
-        pictures[name] = picture(result.out / f"{name}.svg", alternative_text(result.out / f"{name}.svg"))
+        path = result.out / f"{name}.svg"
+        pictures[name] = boxed(picture(path, alternative_text(path)), name)
     page = page_template("comparison.html").render(
         task=next(iter(result.comparisons))[0],
         settings=result.settings,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARTEFACT_HEADINGS', 'ReproduceError', 'paper_folder', 'read_profile', 'results_folder', 'paper_notebooks',
-           'reproduce_all', 'boxed_tables', 'artefact_heading', 'environment_table', 'page_template', 'table_html',
+           'reproduce_all', 'boxed', 'artefact_heading', 'environment_table', 'page_template', 'table_html',
            'write_report', 'needed_entries', 'download_estimate', 'task_hours', 'workload', 'encoder_speeds',
            'audio_speed', 'estimate', 'announce_costs']
 
@@ -13,6 +13,7 @@ import ast
 import base64
 import html
 import io
+import itertools
 import json
 import logging
 import os
@@ -352,6 +353,8 @@ def reproduce_all(profile, only=None, seeds=None, results=None):
 
 # %% ../nbs/api/18_reproduce.ipynb #rpd00020
 _TABLE = re.compile(r"<table.*?</table>", re.S)
+_TABLE_STYLE = re.compile(r"<style scoped>.*?</style>", re.S)      # that of pandas
+_FIGURE = re.compile(r'<img (?!class="formula")[^>]*>')
 _ROW = re.compile(r"<tr.*?</tr>", re.S)
 _CELL = re.compile(r"<(?P<tag>t[hd])(?P<rest>[^>]*)>(?P<text>.*?)</t[hd]>", re.S)
 _NUMBERS = re.compile(r"(\d|[-+−–±., ]|to|points|not measured)*")
@@ -376,28 +379,38 @@ def _aligned(row, numeric):
     return f"<tr>{''.join(cells)}</tr>"
 
 
-def boxed_tables(page, label):
-    """A page whose tables scroll in boxes of their own, with columns of numbers aligned to the right.
+def _box(content, name):
+    """A part of a page in a box in which it scrolls."""
+    return f'<div class="box" role="region" tabindex="0" aria-label="{html.escape(name)}">{content}</div>'
+
+
+def boxed(page, label):
+    """A page whose tables and figures scroll in boxes of their own, with columns of numbers aligned to the right.
 
     Parameters
     ----------
     page : str
         HTML.
     label : str
-        What the tables are, for those who do not see them.
+        What the tables and figures are, for those who do not see them.
 
     Returns
     -------
     str
         HTML.
     """
-    def box(found):
-        numeric = _numeric_columns(found[0])
-        table = _ROW.sub(lambda row: _aligned(row[0], numeric), found[0])
-        name = html.escape(f"Table: {label}")
-        return f'<div class="box" role="region" tabindex="0" aria-label="{name}">{table}</div>'
+    numbers = dict(Table=itertools.count(1), Figure=itertools.count(1))
 
-    return _TABLE.sub(box, page)
+    def name(kind):
+        number = next(numbers[kind])
+        return f"{kind}: {label}" if number == 1 else f"{kind} {number}: {label}"
+
+    def table(found):
+        numeric = _numeric_columns(found[0])
+        return _box(_ROW.sub(lambda row: _aligned(row[0], numeric), found[0]), name("Table"))
+
+    page = _TABLE.sub(table, _TABLE_STYLE.sub("", page))
+    return _FIGURE.sub(lambda found: _box(found[0], name("Figure")), page)
 
 # %% ../nbs/api/18_reproduce.ipynb #rpd00303
 def _machine_folders(results):
@@ -475,10 +488,19 @@ def _changed_texts(node, change):
     return node
 
 
+def _one_stream(outputs):
+    """The outputs of a cell with all it printed in one, and of a progress bar its last state."""
+    printed = [output for output in outputs if output.output_type == "stream"]
+    others = [output for output in outputs if output.output_type != "stream"]
+    if not printed:
+        return others
+    text = "".join(output.text for output in printed)
+    printed[0].text = re.sub(r"[^\n]*\r(?!\n)", "", text).strip("\n")
+    return [printed[0], *others]
+
+
 def _for_readers(output):
     """Change an output to what a page shows of it."""
-    if output.output_type == "stream":
-        output.text = re.sub(r"[^\n]*\r(?!\n)", "", output.text)
     data = output.get("data", {})
     data.pop("application/vnd.jupyter.widget-view+json", None)
     if "text/markdown" in data:
@@ -497,7 +519,9 @@ def _executed_notebook(out, name):
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = _with_formulas(cell.source)
-        for output in cell.get("outputs", []):
+            continue
+        cell.outputs = _one_stream(cell.get("outputs", []))
+        for output in cell.outputs:
             _for_readers(output)
     return notebook
 
@@ -523,7 +547,7 @@ def _notebook_page(notebook, name, profile):
     colours = HtmlFormatter(style="default").get_style_defs(".highlight")
     said = dict(title=title, profile=profile, colours=colours)
     page, _ = exporter.from_notebook_node(notebook, resources=dict(act=said))
-    return boxed_tables(page, title)
+    return boxed(page, title)
 
 # %% ../nbs/api/18_reproduce.ipynb #rpd00021
 def _in_reading_order(out):
@@ -537,10 +561,8 @@ def _shown(path, label):
     """A table (Markdown) or a figure (SVG) as HTML."""
     from nbconvert.filters import markdown2html
     if path.suffix == ".md":
-        return boxed_tables(markdown2html(_with_formulas(path.read_text(encoding="utf-8"))), label)
-    image = picture(path, alternative_text(path) or label)
-    name = html.escape(f"Figure: {label}")
-    return f'<div class="box" role="region" tabindex="0" aria-label="{name}">{image}</div>'
+        return boxed(markdown2html(_with_formulas(path.read_text(encoding="utf-8"))), label)
+    return boxed(picture(path, alternative_text(path) or label), label)
 
 
 def _with_earlier(out, outcomes):
@@ -639,7 +661,7 @@ def _section(out, name, title, files, outcome, has_page):
     return dict(
         name=name, title=title, outcome=outcome, page=has_page,
         artefacts=_artefacts(files, name, title),
-        findings=boxed_tables(markdown2html(found), title) if found else "",
+        findings=boxed(markdown2html(found), title) if found else "",
         sentences=len(re.findall("^- ", found, re.M)))
 
 
@@ -742,7 +764,7 @@ def page_template(name):
 
 # %% ../nbs/api/18_reproduce.ipynb #rpd00317
 def table_html(table, label):
-    """A table of text as HTML, see `boxed_tables`.
+    """A table of text as HTML, see `boxed`.
 
     Parameters
     ----------
@@ -755,7 +777,7 @@ def table_html(table, label):
     -------
     str
     """
-    return boxed_tables(table.to_html(index=False, escape=True, border=0, na_rep="–"), label)
+    return boxed(table.to_html(index=False, escape=True, border=0, na_rep="–"), label)
 
 # %% ../nbs/api/18_reproduce.ipynb #rpd00318
 def _time(seconds):
