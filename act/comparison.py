@@ -648,7 +648,7 @@ def _tables(result):
 def _as_html(wide, label):
     """A printed table as HTML."""
     flat = wide if wide.index.names == [None] else wide.reset_index()
-    return table_html(flat, label)
+    return table_html(flat.rename_axis(columns=None), label)
 
 # %% ../nbs/api/18a_comparison.ipynb #cmp00055a1
 def _write_report(result, figures):

@@ -353,8 +353,8 @@ def reproduce_all(profile, only=None, seeds=None, results=None):
 
 # %% ../nbs/api/18_reproduce.ipynb #rpd00020
 _TABLE = re.compile(r"<table.*?</table>", re.S)
-_TABLE_STYLE = re.compile(r"<style scoped>.*?</style>", re.S)      # that of pandas
-_FIGURE = re.compile(r'<img (?!class="formula")[^>]*>')
+_TABLE_STYLE = re.compile(r"<style[^>]*>\s*\.dataframe.*?</style>", re.S)      # that of pandas
+_FIGURE = re.compile(r'<img (?![^>]*class="formula")[^>]*>')
 _ROW = re.compile(r"<tr.*?</tr>", re.S)
 _CELL = re.compile(r"<(?P<tag>t[hd])(?P<rest>[^>]*)>(?P<text>.*?)</t[hd]>", re.S)
 _NUMBERS = re.compile(r"(\d|[-+−–±., ]|to|points|not measured)*")
