@@ -30,7 +30,7 @@ from .geometry import plot_projection
 from .paper import SINGLE_LABEL_METHODS, named_methods
 from .report import (PAIRED_PROTOCOL, alternative_text, geometry_text, method_colours, paired_text, picture,
                         protocol, save_figure, save_table, wide_table)
-from .reproduce import FORWARD_SHARE, SAMPLED, audio_speed, page_template
+from .reproduce import FORWARD_SHARE, SAMPLED, audio_speed, boxed, environment_table, page_template, table_html
 from .study import (EXTENSIONS, Run, Store, compare, default_jobs, provenance, run_embedding,
                        validation_score)
 from .tasks import SPLITS, draw_folds, load_task, register_task
@@ -481,7 +481,7 @@ class TaskComparison:
     settings : str
         What was done, in one line.
     """
-    comparisons: dict
+    comparisons: dict = field(repr=False)
     plan: Plan
     reference: str
     tested: tuple
@@ -645,10 +645,10 @@ def _tables(result):
     ]
 
 # %% ../nbs/api/18a_comparison.ipynb #cmp00055
-def _as_html(wide):
+def _as_html(wide, label):
     """A printed table as HTML."""
     flat = wide if wide.index.names == [None] else wide.reset_index()
-    return flat.to_html(index=False, escape=True, border=0, na_rep="–")
+    return table_html(flat.rename_axis(columns=None), label)
 
 # %% ../nbs/api/18a_comparison.ipynb #cmp00055a1
 def _write_report(result, figures):
@@ -656,11 +656,12 @@ def _write_report(result, figures):
     shown = []
     for name, heading, long, wide, caption in _tables(result):
         save_table(name, result.out, long, wide, caption)
-        shown.append((heading, caption, _as_html(wide)))
+        shown.append((name, heading, caption, _as_html(wide, heading)))
     pictures = {}
     for name, (figure, alt) in figures.items():
         save_figure(name, result.out, figure, alt)
-        pictures[name] = picture(result.out / f"{name}.svg", alternative_text(result.out / f"{name}.svg"))
+        path = result.out / f"{name}.svg"
+        pictures[name] = boxed(picture(path, alternative_text(path)), name)
     page = page_template("comparison.html").render(
         task=next(iter(result.comparisons))[0],
         settings=result.settings,
@@ -668,7 +669,7 @@ def _write_report(result, figures):
         tables=shown,
         pictures=pictures,
         best=result.best,
-        environment=json.dumps(provenance(), indent=1))
+        environment=table_html(environment_table({"this page": [provenance()]}), "environment"))
     write_atomic(result.out / "index.html", page)
 
 # %% ../nbs/api/18a_comparison.ipynb #cmp00057

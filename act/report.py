@@ -649,9 +649,10 @@ SEPARATES = dict(above="better than", below="worse than", around="not detectably
 
 def _separation_clause(row):
     "One difference of a measure of class separation; positive where the method under test separates better."
-    numbers = f"{row.difference:+.2f}"
+    numbers = number_text(row.difference, 2, sign=True)
     if not np.isnan(row.low):
-        numbers += f", 95 % interval {row.low:+.2f} to {row.high:+.2f}"
+        low, high = (number_text(end, 2, sign=True) for end in (row.low, row.high))
+        numbers += f", 95 % interval {low} to {high}"
     return f"{SEPARATES[side_of_zero(row.low, row.high)]} {row.other} ({numbers})"
 
 # %% ../nbs/api/17_report.ipynb #fig00042

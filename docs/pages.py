@@ -13,6 +13,7 @@ import nbformat
 from nbformat.v4 import new_markdown_cell
 
 from act.report import alternative_text
+from act.reproduce import ARTEFACT_HEADINGS
 from gpu_page import gpu_page
 from main_table import main_table
 
@@ -127,10 +128,6 @@ def committed_artefacts(stem, results=RESULTS):
 
 
 def picture_name(path): return f"{path.parent.name}-{path.name}"
-
-
-ARTEFACT_HEADINGS = dict(chosen="Chosen settings", paired="Paired differences", rows="Row by row", geometry="Probes and geometry",
-                         labels="Labels", labels_paired="Labels: paired differences", maps="Maps", purity="Purity", effects="Effects")
 
 
 def _heading(path):

@@ -1,6 +1,7 @@
 """Comparing ways of tuning on one's own recordings: folds, resuming, budgets, what is refused, and what is said."""
 import json
 import math
+import re
 import sys
 
 import numpy as np
@@ -79,6 +80,8 @@ def test_the_report_and_the_classifier(in_folds, pets):
     result, _ = in_folds
     page = (result.out / "index.html").read_text(encoding="utf-8")
     assert result.verdicts[0] in page and page.count("<img") == 2
+    assert page.count('role="region" tabindex="0"') == page.count("<table") + 2 and "<td>torch</td>" in page and '{"' not in page
+    assert set(re.findall('href="#(.*?)"', page)) == set(re.findall('<h2 id="(.*?)"', page)) and str(result.out) not in page
     for name in ("scores", "paired", "chosen", "geometry"):
         assert len(pd.read_csv(result.out / f"{name}.csv"))
     classifier = result.classifier()

@@ -77,6 +77,62 @@ def test_tables_follow_from_the_records(first):
     finally: csv.write_text(true)
 
 
+def test_the_report_needs_no_other_host_and_names_no_folder_of_the_machine(first):
+    out = first / "tiny"
+    index = (out / "index.html").read_text()
+    for page in (index, *(p.read_text() for p in (out / "notebooks").glob("*.html"))):
+        assert 'name="viewport"' in page and "<script" not in page and not re.search(r'(?:src|url\()[="\s\']*(?:https?:)?//', page)
+        assert not any(str(folder) in page for folder in (first, Path.home() / ".cache", ACT.parents[1], Path(cli.__file__).parents[1]))
+    headings = re.findall("<h2[^>]*>(.*?)</h2>", index)
+    assert headings == ["Findings", "Figure 1. The two stages", "Table 2. Single-label tasks", "Notebooks", "Environment"]
+    assert re.findall("<h3>(.*?)</h3>", index) == ["Chosen settings", "Paired differences"] and set(re.findall('href="#(.*?)"', index)) == set(re.findall('<h2 id="(.*?)"', index))
+    found = re.search("<summary>Table 2.*?</details>", index, re.S)[0]
+    assert "contrastive" in found and "95 % interval" in found and index.index(found) < index.index("<table")
+    assert re.search("<td>torch</td><td[^>]*>[0-9.]+", index) and '{"' not in index
+    assert "| torch " in (out / "README.md").read_text()
+
+
+def test_a_formula_is_drawn_and_code_is_left_alone():
+    from act.reproduce import _with_formulas
+    text = _with_formulas("A $\\log_2 N$, $$x^2$$ `a $b$ c`, $5 and $6, $\\nonsense$ and\n```\n$y$\n```")
+    assert re.findall('alt="(.*?)"', text) == ["\\log_2 N", "x^2"] and "data:image/svg+xml" in text
+    assert "`a $b$ c`" in text and "$5 and $6" in text and "<code>\\nonsense</code>" in text and "$y$" in text
+
+
+def test_numbers_are_aligned_and_merged_tables_left():
+    from act.reproduce import boxed
+    plain = boxed("<table><tr><th>a</th><th>b</th></tr><tr><td>x</td><td>97.5 ± 0.2</td></tr><tr><td>1</td><td>-1.0 to +2.0</td></tr></table>", "<b>")
+    assert plain.count('class="number"') == 3 and 'aria-label="Table: &lt;b&gt;"' in plain
+    merged = '<table><tr><th colspan="2">a</th></tr><tr><td>1</td><td>2</td></tr></table>'
+    assert 'class="number"' not in boxed(merged, "t") and 'colspan="2"' in boxed(merged, "t")
+    both = boxed(merged + merged + '<img alt="curve" src="data:">', "t")
+    assert re.findall('aria-label="(.*?)"', both) == ["Table: t", "Table 2: t", "Figure: t"]
+    assert "role" not in boxed('<img alt="x" class="formula" src="data:">', "t")
+
+
+@pytest.mark.parametrize("name, share", [("asc40-mini", .6), ("esc10@1", .6), ("fsdd@theo", 2 / 3), ("speechocean762-mini", 2000 / 3500), ("asc40-mini/10:5", 50 / 900)])
+def test_training_clips_of_data_that_are_not_here_are_counted_by_a_share(name, share, tmp_path, monkeypatch):
+    """The shares are those of the data sets' own splits."""
+    from act import reproduce
+    monkeypatch.setenv("ACT_CACHE", str(tmp_path))
+    reproduce._training_share.cache_clear()
+    assert share <= reproduce._training_share(name) * 1.01 <= 1.25 * share
+    reproduce._training_share.cache_clear()
+
+
+def test_the_clips_that_are_timed_are_as_long_as_those_of_the_tasks(monkeypatch):
+    import pandas as pd
+    from act import reproduce
+    cost = pd.DataFrame(dict(backbone=["a", "a", "b", "c"], precision=None, embedded=[1., 1., 9., 2.], clips=[3600., 3600., 100., float("nan")]))
+    asked = {}
+    def speeds(backbone, precision, seconds, rows):
+        asked[backbone] = seconds
+        return dict(speed=1., forward=1., dim=8)
+    monkeypatch.setattr(reproduce, "encoder_speeds", speeds)
+    reproduce._speeds(cost)
+    assert asked == dict(a=1., b=reproduce.LONGEST, c=reproduce.LONGEST)
+
+
 @pytest.mark.slow
 def test_from_scratch_twice_gives_the_same_bytes(first, tmp_path):
     done = act("reproduce", "--profile", first / "tiny.yaml", "--only", "table_2", "--results", tmp_path, ACT_CACHE=str(tmp_path / "cache"))
