@@ -14,7 +14,6 @@ import base64
 import html
 import io
 import itertools
-import json
 import logging
 import os
 import re
@@ -736,13 +735,13 @@ def environment_table(provenances):
     Returns
     -------
     DataFrame
-        Of text: revision, device, Python and packages down; all different values in a cell.
+        Of text: act's version, revision, device, Python and packages down; all different values in a cell.
     """
     columns = {}
     for name, several in provenances.items():
         values = {}
-        for provenance in several:
-            for key, value in _stated(provenance).items():
+        for one in several:
+            for key, value in _stated(one).items():
                 values.setdefault(key, set()).add(value)
         columns[name] = {key: ", ".join(sorted(different)) for key, different in values.items()}
     facts = dict.fromkeys(key for column in columns.values() for key in column)
