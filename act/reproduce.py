@@ -391,20 +391,28 @@ _NUMBERS = re.compile(r"(\d|[-+−–±., ]|to|points|not measured)*")
 
 def _numeric_columns(table):
     """The positions of the columns that hold numbers below the first row; none where cells are merged."""
-    rows = [[cell["text"].strip() for cell in _CELL.finditer(row)] for row in _ROW.findall(table)]
-    if len({len(row) for row in rows}) != 1:
+    rows = []
+    for row in _ROW.findall(table):
+        cells = _CELL.finditer(row)
+        rows.append([cell["text"].strip() for cell in cells])
+    lengths = {len(row) for row in rows}
+    if len(lengths) != 1:
         return []
-    columns = enumerate(zip(*rows[1:]))
-    return [i for i, column in columns if any(column) and all(map(_NUMBERS.fullmatch, column))]
+    numeric = []
+    for i, column in enumerate(zip(*rows[1:])):
+        if any(column) and all(map(_NUMBERS.fullmatch, column)):
+            numeric.append(i)
+    return numeric
 
 
 def _aligned(row, numeric):
     """A row of a table, in which the cells of numeric columns are marked."""
     cells = []
     for i, cell in enumerate(_CELL.finditer(row)):
+        tag = cell["tag"]
         kind = ' class="number"' if i in numeric else ""
-        scope = cell["rest"] if "scope" in cell["rest"] or "span" in cell["rest"] else ""
-        cells.append(f"<{cell['tag']}{scope}{kind}>{cell['text']}</{cell['tag']}>")
+        merged = cell["rest"] if "span" in cell["rest"] else ""
+        cells.append(f"<{tag}{merged}{kind}>{cell['text']}</{tag}>")
     return f"<tr>{''.join(cells)}</tr>"
 
 
@@ -436,10 +444,15 @@ def boxed(page, label):
 
     def table(found):
         numeric = _numeric_columns(found[0])
-        return _box(_ROW.sub(lambda row: _aligned(row[0], numeric), found[0]), name("Table"))
+        aligned = _ROW.sub(lambda row: _aligned(row[0], numeric), found[0])
+        return _box(aligned, name("Table"))
 
-    page = _TABLE.sub(table, _TABLE_STYLE.sub("", page))
-    return _FIGURE.sub(lambda found: _box(found[0], name("Figure")), page)
+    def figure(found):
+        return _box(found[0], name("Figure"))
+
+    plain = _TABLE_STYLE.sub("", page)
+    page = _TABLE.sub(table, plain)
+    return _FIGURE.sub(figure, page)
 
 # %% ../nbs/api/18_reproduce.ipynb #rpd00303
 def _machine_folders(results):
@@ -457,7 +470,8 @@ def _machine_folders(results):
     for folder, name in folders:
         names[str(folder)] = name
         names[str(full_path(folder).resolve())] = name
-    return dict(sorted(names.items(), key=lambda item: -len(item[0])))
+    longest_first = sorted(names, key=len, reverse=True)
+    return {folder: names[folder] for folder in longest_first}
 
 
 def _without_folders(text, folders):
@@ -486,9 +500,12 @@ def _drawn(latex):
     with mpl.rc_context({"savefig.transparent": True, "svg.hashsalt": latex}):
         depth = math_to_image(f"${latex}$", file, prop=size, format="svg")
     svg = re.sub(rb"<metadata>.*?</metadata>", b"", file.getvalue(), flags=re.S)
-    height = float(re.search(rb'height="([\d.]+)pt"', svg)[1])
-    style = f"height: {height / _FORMULA_SIZE:.2f}em; vertical-align: {-depth / _FORMULA_SIZE:.2f}em"
-    address = f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
+    points = re.search(rb'height="([\d.]+)pt"', svg)
+    height = float(points[1]) / _FORMULA_SIZE
+    depth = depth / _FORMULA_SIZE
+    style = f"height: {height:.2f}em; vertical-align: {-depth:.2f}em"
+    data = base64.b64encode(svg)
+    address = f"data:image/svg+xml;base64,{data.decode()}"
     return f'<img class="formula" alt="{html.escape(latex)}" style="{style}" src="{address}">'
 
 
@@ -544,7 +561,8 @@ def _executed_notebook(out, name):
         return None
     folders = _machine_folders(out.parent)
     read = nbformat.read(path, 4)
-    notebook = nbformat.from_dict(_changed_texts(read, lambda text: _without_folders(text, folders)))
+    changed = _changed_texts(read, lambda text: _without_folders(text, folders))
+    notebook = nbformat.from_dict(changed)
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = _with_formulas(cell.source)
@@ -590,7 +608,8 @@ def _shown(path, label):
     """A table (Markdown) or a figure (SVG) as HTML."""
     from nbconvert.filters import markdown2html
     if path.suffix == ".md":
-        return boxed(markdown2html(_with_formulas(path.read_text(encoding="utf-8"))), label)
+        markdown = _with_formulas(path.read_text(encoding="utf-8"))
+        return boxed(markdown2html(markdown), label)
     return boxed(picture(path, alternative_text(path) or label), label)
 
 
@@ -676,8 +695,9 @@ def _artefacts(files, name, title):
     above = ""
     for path in files:
         heading = artefact_heading(path.stem, name)
-        content = _shown(path, f"{title}, {heading}" if heading else title)
-        shown.append(("" if heading == above else heading, content))
+        label = f"{title}, {heading}" if heading else title
+        repeated = heading == above
+        shown.append(("" if repeated else heading, _shown(path, label)))
         above = heading
     return shown
 
@@ -703,11 +723,13 @@ def _sections(out, outcomes, pages):
     sections = []
     for path in notebooks:
         name = path.stem
-        own = [file for file in left if _belongs(file.stem, _prefix(name))]
+        prefix = _prefix(name)
+        own = [file for file in left if _belongs(file.stem, prefix)]
         left = [file for file in left if file not in own]
         if own or name in outcomes:
             title = _title(nbformat.read(path, 4), _words(name))
-            sections.append(_section(out, name, title, own, outcomes.get(name, {}), name in pages))
+            outcome = outcomes.get(name, {})
+            sections.append(_section(out, name, title, own, outcome, name in pages))
     for stem in dict.fromkeys(file.stem for file in left):
         own = [file for file in left if file.stem == stem]
         sections.append(_section(out, stem, _words(stem), own, {}, False))
@@ -823,7 +845,9 @@ def _outcome_table(sections):
     for section in sections:
         outcome = section["outcome"]
         if outcome:
-            rows.append((section["title"], outcome["status"], _time(outcome["seconds"]), outcome.get("error", "")))
+            why = outcome.get("error", "")
+            time_taken = _time(outcome["seconds"])
+            rows.append((section["title"], outcome["status"], time_taken, why))
     return pd.DataFrame(rows, columns=["notebook", "outcome", "time", "why"])
 
 # %% ../nbs/api/18_reproduce.ipynb #rpd00025
