@@ -275,7 +275,7 @@ def _with_sizes(frame):
 
 # %% ../nbs/api/20_cli.ipynb #cli00047
 @app.command()
-def fetch(names: List[str] = typer.Argument(None, help="Entries of data_manifest.yaml."),
+def fetch(names: List[str] = typer.Argument(None, help="Entries of data_manifest.yaml, or tasks that read them."),
           profile: Optional[str] = typer.Option(None, help="All entries of quick, small or full."),
           listed: bool = typer.Option(False, "--list", help="Show every entry with its size, licence and state."),
           verify: bool = typer.Option(False, help="Read again what is there and compare its checksums."),
@@ -290,7 +290,7 @@ def fetch(names: List[str] = typer.Argument(None, help="Entries of data_manifest
         columns = ["entry", "kind", "title", "download", "unpacked", "licence", "state"]
         entries = list_entries().reset_index()
         return _print(entries if as_json else _with_sizes(entries), as_json, columns)
-    names = list(names or [])
+    names = _entries_of(names or [])
     if profile: names += names_of(profile)
     if not names:
         raise ActError("name what to fetch, or give --profile; act fetch --list shows every entry")
@@ -301,6 +301,20 @@ def fetch(names: List[str] = typer.Argument(None, help="Entries of data_manifest
     _raise_unfetched(table)
 
 # %% ../nbs/api/20_cli.ipynb #cli00047a1
+def _entries_of(names):
+    """Names of entries; a task such as ``esc10-mix`` or ``asc40/10`` stands for the entry that it reads."""
+    from act.manifest import load_manifest
+    from act.reproduce import entry_of
+    from act.tasks import list_tasks
+    known, tasks = load_manifest(), list_tasks().index
+    entries = []
+    for name in names:
+        task = re.split("[/:@#]", name)[0]
+        entry = entry_of(name, known) if task in tasks else None
+        entries.append(entry or name)
+    return list(dict.fromkeys(entries))
+
+
 def _raise_unfetched(table):
     """An error that names the entries that could not be fetched, if any."""
     from act.manifest import FetchError

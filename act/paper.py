@@ -165,13 +165,19 @@ def seeds_for(seeds, *names):
     return for_row(seeds, "seeds", *names, *without_draws)
 
 # %% ../nbs/api/16_paper.ipynb #pap00102
-def seeds_text(seeds):
+def _counted_seeds(count):
+    return "1 seed" if count == 1 else f"{count} seeds"
+
+
+def seeds_text(seeds, rows=None):
     """Numbers of seeds as they are printed.
 
     Parameters
     ----------
     seeds : int or dict of str to int
         As for `seeds_for`.
+    rows : iterable of (str, str), optional
+        Task and encoder of each row of a table; numbers for other rows are left out.
 
     Returns
     -------
@@ -179,13 +185,20 @@ def seeds_text(seeds):
         Such as ``"3 seeds"``, or ``"5 seeds on fsdd and 3 elsewhere"``.
     """
     if not isinstance(seeds, dict):
-        return f"{seeds} seeds"
-    named = [f"{count} seeds on {name}" for name, count in seeds.items() if name != OTHERS]
+        return _counted_seeds(seeds)
+    names = set(seeds)
+    if rows is not None:
+        names = {name for task, backbone in rows for name in (task, task.split("#")[0], backbone)}
+    by_count = {}
+    for name, count in seeds.items():
+        if name != OTHERS and name in names:
+            by_count.setdefault(count, []).append(name)
+    named = [f"{_counted_seeds(count)} on {', '.join(group)}" for count, group in by_count.items()]
     if OTHERS not in seeds:
-        return ", ".join(named)
+        return "; ".join(named)
     if not named:
-        return f"{seeds[OTHERS]} seeds"
-    return f"{', '.join(named)} and {seeds[OTHERS]} elsewhere"
+        return _counted_seeds(seeds[OTHERS])
+    return f"{'; '.join(named)} and {seeds[OTHERS]} elsewhere"
 
 # %% ../nbs/api/16_paper.ipynb #pap00020
 class PaperError(ActError):

@@ -498,7 +498,7 @@ PAIRED_PROTOCOL = (
     "jackknife.")
 
 # %% ../nbs/api/17_report.ipynb #rep00024
-def protocol(trials, seeds):
+def protocol(trials, seeds, rows=None):
     """How the settings of a table were chosen, and what its intervals mean.
 
     Parameters
@@ -507,6 +507,8 @@ def protocol(trials, seeds):
         As for `act.paper.trials_for`.
     seeds : int or dict of str to int
         Repetitions of the chosen setting, as for `act.paper.seeds_for`.
+    rows : iterable of (str, str), optional
+        Task and encoder of each row, as for `act.paper.seeds_text`.
 
     Returns
     -------
@@ -517,8 +519,8 @@ def protocol(trials, seeds):
     families = trials if by_row else {"": trials}
     chosen = " and ".join(_trials_text(*family) for family in families.items())
     return (
-        f"Test score in percent, mean over {seeds_text(seeds)} ± half-width of the 95 % interval "
-        "(Student's t). "
+        f"Test score in percent, mean over {seeds_text(seeds, rows)} (on each fold of a task with folds) "
+        "± half-width of the 95 % interval (Student's t). "
         f"Every tuned method chose {chosen} by the mean of both probes on the validation split with seed 0; "
         "where the best learning rate of a method lay at the edge, all methods of the row got one more, "
         "at most twice; "

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ARTEFACT_HEADINGS', 'ReproduceError', 'paper_folder', 'read_profile', 'results_folder', 'paper_notebooks',
            'reproduce_all', 'boxed', 'artefact_heading', 'environment_table', 'page_template', 'table_html',
-           'write_report', 'needed_entries', 'download_estimate', 'task_hours', 'workload', 'encoder_speeds',
-           'audio_speed', 'estimate', 'announce_costs']
+           'write_report', 'entry_of', 'needed_entries', 'download_estimate', 'task_hours', 'workload',
+           'encoder_speeds', 'audio_speed', 'estimate', 'announce_costs']
 
 # %% ../nbs/api/18_reproduce.ipynb #rpd00003
 import ast
@@ -890,11 +890,21 @@ def write_report(out, profile, outcomes):
     return index
 
 # %% ../nbs/api/18_reproduce.ipynb #rpd00026
-def _entry_of(name, known):
-    """The manifest entry that a task or an encoder reads, or None.
+def entry_of(name, known):
+    """The manifest entry that a task or an encoder reads.
 
-    It is the longest entry name that `name` begins with: `esc10-mix` reads esc10 and `asc40/10` reads asc40,
-    but `asc40-mini` is an entry of its own.
+    Parameters
+    ----------
+    name : str
+        Of a task or an encoder.
+    known : iterable of str
+        Names of entries.
+
+    Returns
+    -------
+    str or None
+        The longest entry name that `name` begins with: ``esc10-mix`` reads esc10 and ``asc40/10`` reads asc40,
+        but ``asc40-mini`` is an entry of its own.
     """
     def begins(entry):
         return re.match(f"{re.escape(entry)}([-/@:]|$)", name)
@@ -940,8 +950,8 @@ def needed_entries(profile, only=None):
     needed = set()
     for runs in planned.values():
         for run in runs:
-            needed.add(_entry_of(run.task, known))
-            needed.add(_entry_of(run.backbone, known))
+            needed.add(entry_of(run.task, known))
+            needed.add(entry_of(run.backbone, known))
     if profile["profile"] in PROFILES and _reads_all_data(only):
         for name in names_of(profile["profile"]):
             if known[name]["kind"] == "data":
@@ -1039,7 +1049,7 @@ def _listed_share(name):
 @lru_cache
 def _training_share(name):
     """The share of a task's clips that are training clips: exact where the data is at hand, else as listed."""
-    entry = _entry_of(name, load_manifest())
+    entry = entry_of(name, load_manifest())
     if entry is not None and list_entries().state[entry] != "fetched":
         return _listed_share(name)
     whole = re.sub(r":\d+$", "", name)      # task_hours counts it without :K
@@ -1067,7 +1077,7 @@ def _listed_clips(name):
 @lru_cache
 def _clip_counts(name):
     """Clips for training, validation and test, and classes: exact where the data is at hand."""
-    entry = _entry_of(name, load_manifest())
+    entry = entry_of(name, load_manifest())
     if entry is not None and list_entries().state[entry] != "fetched":
         return _listed_clips(name)
     try:

@@ -147,6 +147,12 @@ def test_sizes_are_read_at_a_glance(act):
     assert json.loads(act("fetch", "fsdd", "--dry-run", "--json")[1])[0]["download"] == 15561003
 
 
+def test_tasks_are_fetched_by_the_entries_that_they_read(act):
+    shown = json.loads(act("fetch", "esc10-mix", "asc40/10#1", "asc40", "asc40-mini", "--dry-run", "--json")[1])
+    assert [row["entry"] for row in shown] == ["esc10", "asc40", "asc40-mini"]
+    assert "esc10-mux" in one_line(act("fetch", "esc10-mux", "--dry-run"))
+
+
 def test_short_help_is_whole(act):
     assert "..." not in act("--help")[1].split("Commands:")[1]
 

@@ -1,4 +1,5 @@
 """Notebooks, library and README say the same; metadata is what the standards ask for."""
+import ast
 import importlib.metadata
 import json
 import re
@@ -50,6 +51,15 @@ def test_paper_notebooks_have_parameters_and_export_nothing(path):
     assert sum("parameters" in c.metadata.get("tags", []) for c in cells) == 1
     assert not any("#| export" in c.source for c in cells) and not any(c.get("outputs") for c in cells)
     assert cells[0].source.startswith("# ")
+
+
+def test_every_cell_is_python(repo):
+    """Paper notebooks and guides are not run by every test run."""
+    for path in sorted((repo / "nbs").rglob("*.ipynb")):
+        for cell in nbformat.read(path, 4).cells:
+            if cell.cell_type == "code":
+                lines = [line for line in cell.source.splitlines() if not line.lstrip().startswith(("%", "!"))]
+                compile("\n".join(lines), f"{path.name} {cell.id}", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
 
 
 def test_pins_admit_the_first_release_of_this_python(repo):
