@@ -7,6 +7,7 @@ __all__ = ['app', 'INTERRUPTED', 'SYSTEM_REMEDIES', 'study_app', 'main', 'reprod
            'fetch', 'read_embeddings', 'probe', 'tune', 'predict', 'embed', 'status', 'compare', 'doctor']
 
 # %% ../nbs/api/20_cli.ipynb #cli00003
+import _thread
 import contextlib
 import errno
 import importlib.metadata
@@ -14,7 +15,9 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import List, Optional
@@ -72,9 +75,26 @@ def _one_line(message, category, *place):
     return _format_warning(message, category, *place)
 
 # %% ../nbs/api/20_cli.ipynb #cli00041
+def _interrupt():
+    """Ctrl-C for the main thread; where the system can, also while it waits."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+    else:
+        _thread.interrupt_main()
+
+
+def _deliver_again(unraisable):
+    """An interrupt that arrives in a destructor, or in a callback as imports have, is dropped by Python: not here."""
+    if unraisable.exc_type is KeyboardInterrupt:
+        threading.Timer(.1, _interrupt).start()      # when the destructor has ended
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
 def main():
     """Run the command line."""
     warnings.formatwarning = _one_line
+    sys.unraisablehook = _deliver_again
     for stream in (sys.stdout, sys.stderr):      # not every terminal has all letters
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

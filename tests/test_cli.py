@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -97,8 +98,24 @@ def test_ctrl_c_while_tuning(audio):
     shown = ""
     while "contrastive:" not in shown: shown += process.stdout.read(1)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate()
+    _, err = process.communicate(timeout=120)
     assert (process.returncode, err, (audio.parent / "out").exists()) == (130, "act: interrupted\n", False)
+
+
+def test_ctrl_c_in_a_destructor_is_not_lost(monkeypatch, capsys):
+    """Python drops an exception there, and the command would go on."""
+    class Interrupted:
+        def __del__(self): raise KeyboardInterrupt
+
+    def command():
+        del [Interrupted()][0]
+        time.sleep(30)
+
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.setattr(cli, "app", command)
+    start = time.monotonic()
+    with pytest.raises(SystemExit) as ended: cli.main()
+    assert ended.value.code == 130 and capsys.readouterr().err == "act: interrupted\n" and time.monotonic() - start < 20
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-8"])

@@ -32,16 +32,14 @@ GUIDES = sorted((REPO / "nbs" / "guides").glob("*.ipynb"))
 def site(tmp_path_factory):
     """The built site; every warning of Sphinx is an error."""
     out = tmp_path_factory.mktemp("site") / "html"
-    before = os.times()
     run = subprocess.run([sys.executable, "docs/build.py", "--out", str(out), "--jobs", "1"], cwd=REPO, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
-    after = os.times()                                                          # processor time: the same on a busy machine
-    (out / ".seconds").write_text(str(after.children_user + after.children_system - before.children_user - before.children_system))
     return out
 
 
-def test_site_builds_within_two_minutes(site):
-    assert float((site / ".seconds").read_text()) < 120
+def test_the_site_has_the_pages_of_its_navigation(site):
+    for page in ("index.html", "paper/table_2_single_label.html", "guides/first_steps.html", "api/08_losses.html", "search.html"):
+        assert (site / page).stat().st_size > 2000
 
 
 def test_readme_is_what_the_front_page_says():
