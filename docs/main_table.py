@@ -1,6 +1,7 @@
 """The main table of the README and the home page, from the committed Tables 2 and 3: no number is typed."""
 import pandas as pd
 
+from act.analysis import side_of_zero
 from act.report import number_text
 
 SINGLE, MULTI = "table_2_single_label", "table_3_multi_label"
@@ -70,13 +71,6 @@ def _tuned_rows(long, table):
             yield names, part
 
 
-def _side(row):
-    """Which method a paired difference favours, from its interval."""
-    if pd.isna(row.low) or row.low <= 0 <= row.high:
-        return "open"
-    return "above" if row.low > 0 else "below"
-
-
 def _where(rows):
     """Tasks with the difference in points, as a list in words."""
     return ", ".join(f"{row.task} ({number_text(100 * row.difference, sign=True)})" for row in rows.itertuples())
@@ -85,9 +79,9 @@ def _where(rows):
 def _sentence(probe, rows):
     """On which tasks contrastive tuning lies above or below fine-tuning, and on which neither can be told."""
     parts = []
-    sides = rows.apply(_side, axis=1)
+    sides = pd.Series([side_of_zero(row.low, row.high) for row in rows.itertuples()], index=rows.index)
     for side, words in dict(above="contrastive tuning is ahead on", below="fine-tuning is ahead on",
-                            open="no difference is detected on").items():
+                            around="no difference is detected on").items():
         named = rows[sides == side]
         if len(named):
             parts.append(f"{words} {_where(named)}")
@@ -95,10 +89,10 @@ def _sentence(probe, rows):
 
 
 def _paired(folder, table):
-    """The paired differences of contrastive tuning from fine-tuning."""
+    """The paired differences of contrastive tuning from fine-tuning; none where they are not committed."""
     path = folder / f"{table}_paired.csv"
     if not path.exists():
-        return pd.DataFrame()
+        return pd.DataFrame(columns=["task", "probe", "difference", "low", "high"])
     rows = pd.read_csv(path)
     return rows[(rows.method == CONTRASTIVE[table]) & (rows.other == FINE_TUNED[table])]
 
