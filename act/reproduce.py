@@ -158,6 +158,12 @@ def results_folder(results, parameters):
     return full_path(folder).resolve()
 
 # %% ../nbs/api/18_reproduce.ipynb #cli00011
+def _running_order(path):
+    """Tables first, as readers wait for them; the claims last, as they read what the others wrote."""
+    kind = path.stem.split("_")[0]
+    return dict(table=0, figure=1, claims=3).get(kind, 2), path.stem
+
+
 def paper_notebooks(only=None):
     """The paper notebooks in the order in which they are run.
 
@@ -175,8 +181,7 @@ def paper_notebooks(only=None):
     ReproduceError
         If one of them is the beginning of no notebook's name.
     """
-    notebooks = sorted(paper_folder().glob("*.ipynb"))
-    notebooks.sort(key=lambda path: path.stem == "claims")      # last: they read what the others wrote
+    notebooks = sorted(paper_folder().glob("*.ipynb"), key=_running_order)
     if not only: return notebooks
     names = [path.stem for path in notebooks]
     selected = set()

@@ -7,6 +7,7 @@ With `--check` nothing is written: the exit status says whether the outputs on d
 import argparse
 import contextlib
 import difflib
+import functools
 import hashlib
 import json
 import os
@@ -45,10 +46,16 @@ def _modules_behind(source, found=frozenset()):
     return found
 
 
+@functools.cache
+def _executed_code(source):
+    """`executed_code`, once for each module: most notebooks stand on the same ones."""
+    return executed_code(source)
+
+
 def stamp(path):
     """SHA-256 of the code that a notebook's outputs follow from: its own cells and the modules behind them."""
     own = "\n".join(c.source for c in read_nb(path).cells if c.cell_type == "code")
-    behind = {name: executed_code((REPO / "act" / f"{name}.py").read_text(encoding="utf-8")) for name in sorted(_modules_behind(own))}
+    behind = {name: _executed_code((REPO / "act" / f"{name}.py").read_text(encoding="utf-8")) for name in sorted(_modules_behind(own))}
     return hashlib.sha256(json.dumps([own, behind]).encode()).hexdigest()
 
 
