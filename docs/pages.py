@@ -109,8 +109,9 @@ def main_tables(results=RESULTS):
 def with_tables(markdown, results=RESULTS):
     """`<!-- table: NAME -->` replaced by the committed table of that name, `<!-- main table -->` by the main table,
     `<!-- claims -->` by what holds."""
-    markdown = markdown.replace("<!-- claims -->", claims_sentence(results))
-    markdown = markdown.replace("<!-- main table -->", main_tables(results))
+    for marker, written in {"<!-- claims -->": claims_sentence, "<!-- main table -->": main_tables}.items():
+        if marker in markdown:
+            markdown = markdown.replace(marker, written(results))
     return TABLE.sub(lambda found: committed_table(found[1], results), markdown)
 
 
