@@ -35,7 +35,6 @@ import torch.nn.functional as F
 import torchaudio
 from fastcore.basics import patch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from .core import DISK_FULL, ActError, Registry, file_digest, full_path, import_extra, near_matches
 from .encoders import (batched_features, is_padded, on_device, silence_padding, valid_frames,
@@ -2341,6 +2340,7 @@ def _load_folder(folder, pretrained=True, trainable=None, options=()):
 # %% ../nbs/api/06_backbones.ipynb #bac00062
 def _describe(name, seconds=10):
     """Size and cost of a backbone, as a row of the list."""
+    from torch.utils.flop_counter import FlopCounterMode        # here, as it imports triton
     with torch.device("meta"):
         backbone = load_backbone(name, pretrained=False).to("meta")
     clip = torch.empty(1, seconds * backbone.sample_rate, device="meta")

@@ -22,7 +22,6 @@ from numbers import Integral, Real
 import numpy as np
 import torch
 from filelock import FileLock
-from lightning.fabric import Fabric
 from torch.autograd.graph import saved_tensors_hooks
 from tqdm import tqdm
 
@@ -41,9 +40,10 @@ def default_fabric(precision="32-true"):
 
     Returns
     -------
-    lightning.fabric.Fabric
+    lightning_fabric.Fabric
         Launched.
     """
+    from lightning_fabric import Fabric         # here, as it takes two seconds that `act tasks` need not wait
     env = os.environ
     world = int(env.get("WORLD_SIZE", env.get("SLURM_STEP_NUM_TASKS", 1)))
     nodes = int(env.get("GROUP_WORLD_SIZE", env.get("SLURM_STEP_NUM_NODES", 1)))
@@ -95,7 +95,7 @@ def computing_on(fabric):
 
     Parameters
     ----------
-    fabric : lightning.fabric.Fabric
+    fabric : lightning_fabric.Fabric
 
     Returns
     -------
@@ -338,7 +338,7 @@ def samples_per_batch(backbone, fabric, max_samples=None, longest=None):
     ----------
     backbone : Backbone
         On the device of `fabric`.
-    fabric : lightning.fabric.Fabric
+    fabric : lightning_fabric.Fabric
         Launched.
     max_samples : int, optional
         Returned as it is; by default the lowest `default_max_samples` of all processes.
@@ -577,7 +577,7 @@ def frozen_embeddings(backbone, waves, rows, batch, device, max_samples=None, ma
         Longer clips are the mean of windows of at most this length.
     encode : callable, optional
         ``encode(x (B, T), lengths (B,)) -> (B, D)``, called instead of `backbone`; `lengths` is on the CPU.
-    fabric : lightning.fabric.Fabric, optional
+    fabric : lightning_fabric.Fabric, optional
         Its precision is used if it is a mixed one; by default that of the encoder. `encode` may have its own.
 
     Returns
@@ -729,7 +729,7 @@ def embedding_identity(backbone, task, fabric, max_seconds=None):
     ----------
     backbone : Backbone
     task : Task
-    fabric : lightning.fabric.Fabric
+    fabric : lightning_fabric.Fabric
         Device and precision.
     max_seconds : float, optional
         Longest window of a clip that is embedded at once.
@@ -760,7 +760,7 @@ def embed(backbone, task, batch=64, fabric=None, folder=None, progress=True,
         N clips.
     batch : int
         Clips at a time, at most.
-    fabric : lightning.fabric.Fabric, optional
+    fabric : lightning_fabric.Fabric, optional
         Device and processes; by default `default_fabric`.
     folder : path-like, optional
         Where embeddings are stored; by default in the cache.

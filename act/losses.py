@@ -819,7 +819,7 @@ def gather_rows(fabric, x, sync_grads=False, sizes=None):
 
     Parameters
     ----------
-    fabric : lightning.fabric.Fabric
+    fabric : lightning_fabric.Fabric
         Launched.
     x : Tensor (n, ...)
         Rows of this process; n may differ from process to process, also be 0.
@@ -857,7 +857,7 @@ def gathered_loss(fabric, z, labels, loss, sizes=None):
 
     Parameters
     ----------
-    fabric : lightning.fabric.Fabric
+    fabric : lightning_fabric.Fabric
         Launched; with one process this is ``loss(z, labels)``.
     z : Tensor (n, D)
         Embeddings of this process.

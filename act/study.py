@@ -346,7 +346,7 @@ class Store:
         return pd.DataFrame(rows)
 
 # %% ../nbs/api/15_study.ipynb #stu00018
-PACKAGES = ("torch", "torchaudio", "lightning", "numpy", "scipy", "scikit-learn", "soundfile",
+PACKAGES = ("torch", "torchaudio", "lightning-fabric", "numpy", "scipy", "scikit-learn", "soundfile",
             "soxr", "espeakng-loader")
 
 # %% ../nbs/api/15_study.ipynb #stu00181

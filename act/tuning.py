@@ -2337,7 +2337,7 @@ def tune(backbone, task, config=TuneConfig(), fabric=None, folder=None, progress
     config : TuneConfig
         Method, loss, budget, learning rates, seed. What is left to the encoder is taken from it, see
         `TuneConfig.for_backbone`.
-    fabric : lightning.fabric.Fabric, optional
+    fabric : lightning_fabric.Fabric, optional
         Device, precision and processes; by default `act.embeddings.default_fabric`.
     folder : path, optional
         Where to keep checkpoints. A run that finds its own checkpoint there resumes, with the same result.

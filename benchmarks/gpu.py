@@ -149,7 +149,7 @@ def driver_version():
 def installed_versions():
     """Versions of the packages that the results depend on."""
     found = {"python": platform.python_version()}
-    for package in "torch torchaudio lightning numpy scipy scikit-learn transformers triton".split():
+    for package in "torch torchaudio lightning-fabric numpy scipy scikit-learn transformers triton".split():
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -7,7 +7,7 @@ import tempfile
 import traceback
 from pathlib import Path
 
-IMPORTED = ["torch", "torchaudio", "lightning.fabric", "sklearn.linear_model", "sklearn.metrics", "scipy.stats", "pandas",
+IMPORTED = ["torch", "torchaudio", "lightning_fabric", "sklearn.linear_model", "sklearn.metrics", "scipy.stats", "pandas",
             "matplotlib.pyplot", "IPython", "nbdev.test", "joblib", "typer", "act.cli", "act.study", "act.geometry"]
 
 

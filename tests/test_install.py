@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 EXTRAS_ONLY = ("IPython", "anywidget", "av", "espeakng_loader", "ipywidgets", "jupyterlab", "nbconvert",
                "nbformat", "onnx", "papermill", "peft", "statsmodels", "tensorboard", "traitlets",
                "transformers")
-HEAVY = ("lightning", "matplotlib", "pandas", "scipy", "sklearn", "soundfile", "soxr", "torchaudio")
+HEAVY = ("lightning_fabric", "matplotlib", "pandas", "scipy", "sklearn", "soundfile", "soxr", "torchaudio")
 BASE = ("manifest audio tasks words encoders backbones embeddings losses tuning metrics solver probes geometry classifier "
         "study cli").split()
 BLOCKER = '''

@@ -3,7 +3,7 @@ import os
 
 import pytest
 import torch
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 from torch import nn
 
 from act.losses import LOSSES, ContrastiveLoss, cached_step, contrastive_loss, gather_rows, gathered_loss
