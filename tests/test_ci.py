@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-TOOLS = ("bash", "dirname", "env", "id", "tail", "timeout", "cat", "chmod", "sleep")
+TOOLS = ("bash", "dirname", "env", "id", "tail", "timeout", "cat", "chmod", "mktemp", "rm", "sleep")
 FETCHES = 'case "$*" in *install*) for f in chromium chromedriver; do echo "#!/bin/sh" > "$BIN/$f"; chmod +x "$BIN/$f"; done;; esac'
 APT_GET = {
     "works": FETCHES,
@@ -36,7 +36,7 @@ def run_ci(repo, bin, apt_get):
 @pytest.mark.parametrize("state", APT_GET)
 def test_ci_fetches_a_browser_or_says_why_not(state, repo, tmp_path):
     ran = run_ci(repo, tmp_path, APT_GET[state])
-    assert ran.returncode == 0 and ran.stdout == "make test\n", ran.stderr     # the tests run in any case
+    assert ran.returncode == 0 and ran.stdout == "make env\nmake test\n", ran.stderr     # the tests run in any case
     reason = {"works": "", "fails": "Unable to locate package", "hangs": "apt-get was stopped", "is missing": "no apt-get"}
     assert reason[state] in ran.stderr
     assert len(ran.stderr.splitlines()) == (state != "works")
