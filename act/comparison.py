@@ -28,8 +28,8 @@ from .classifier import AudioClassifier
 from .core import REGISTRIES, ActError, full_path, identity, import_extra, write_atomic
 from .geometry import plot_projection
 from .paper import SINGLE_LABEL_METHODS, named_methods
-from .report import (PAIRED_PROTOCOL, alternative_text, geometry_text, method_colours, paired_text, picture,
-                        protocol, save_figure, save_table, wide_table)
+from .report import (PAIRED_PROTOCOL, alternative_text, geometry_text, method_colours, number_text, paired_text,
+                        picture, protocol, save_figure, save_table, wide_table)
 from .reproduce import FORWARD_SHARE, SAMPLED, audio_speed, boxed, environment_table, page_template, table_html
 from .study import (EXTENSIONS, Run, Store, compare, default_jobs, provenance, run_embedding,
                        validation_score)
@@ -366,7 +366,8 @@ def _plan_text(request, plan):
     sizes = f"trials {plan.trials}, seeds {plan.seeds}, passes {plan.passes}, {splits}"
     text = f"{request.task.name}: at most {runs} runs with {encoders}; {methods}; {sizes}"
     if not math.isnan(plan.minutes):
-        text += f"; about {max(1, plan.minutes):.0f} minutes, {request.jobs} runs at once"
+        about = "a minute" if plan.minutes < 1.5 else f"{plan.minutes:.0f} minutes"
+        text += f"; about {about}, {request.jobs} at a time"
     if plan.cut:
         text += f"; the budget of {request.budget:g} minutes allows {plan.cut}"
     return text
@@ -410,21 +411,18 @@ def _raise_if_all_failed(comparisons):
     raise ComparisonError(f"no run succeeded: {errors[0]}")
 
 # %% ../nbs/api/18a_comparison.ipynb #cmp00043
-def _points_text(value):
-    return f"{100 * value:.1f}"
-
-
 def _clause(row):
     """What is known of one probe."""
     probe = f"{PROBE_NAMES[row.probe]} probe"
     if math.isnan(row.low):
-        return f"one seed gives no interval on the {probe} ({100 * row.difference:+.1f})"
-    interval = f"{_points_text(row.low)} to {_points_text(row.high)}"
+        return f"one seed gives no interval on the {probe} ({number_text(100 * row.difference, sign=True)})"
+    interval = f"{number_text(100 * row.low)} to {number_text(100 * row.high)}"
     side = side_of_zero(row.low, row.high)
     if side == "around":
-        return f"nothing can be told of the {probe} ({100 * row.difference:+.1f}, {interval})"
+        difference = number_text(100 * row.difference, sign=True)
+        return f"nothing can be told of the {probe} ({difference}, {interval})"
     verb = "gains" if side == "above" else "loses"
-    return f"{verb} {_points_text(abs(row.difference))} points on the {probe} ({interval})"
+    return f"{verb} {number_text(100 * abs(row.difference))} points on the {probe} ({interval})"
 
 # %% ../nbs/api/18a_comparison.ipynb #cmp00044
 def verdicts(paired, reference):

@@ -13,7 +13,7 @@ import nbformat
 from nbformat.v4 import new_markdown_cell
 
 from act.report import alternative_text
-from act.reproduce import ARTEFACT_HEADINGS
+from act.reproduce import artefact_heading
 from gpu_page import gpu_page
 from main_table import main_table
 
@@ -131,19 +131,16 @@ def committed_artefacts(stem, results=RESULTS):
 def picture_name(path): return f"{path.parent.name}-{path.name}"
 
 
-def _heading(path):
+def _heading(path, notebook):
     """What stands above an artefact: which part of the page it is, and the profile of the run."""
-    parts = path.stem.split("_")
-    known = next((words for suffix, words in ARTEFACT_HEADINGS.items() if path.stem.endswith(f"_{suffix}") and len(parts) > 2), None)
-    if path.stem in ("claims_rows", "claims_geometry", "claims_effects"): known = ARTEFACT_HEADINGS[parts[1]]
-    return f"## {known or 'Results'} (profile `{path.parent.name}`)"
+    return f"## {artefact_heading(path.stem, notebook) or 'Results'} (profile `{path.parent.name}`)"
 
 
-def _with_headings(paths):
+def _with_headings(paths, notebook):
     """Artefacts, each under its heading; a figure and the table of its numbers share one."""
     shown, above = [], None
     for path in paths:
-        heading = _heading(path)
+        heading = _heading(path, notebook)
         if heading != above: shown.append(heading)
         shown.append(_artefact(path))
         above = heading
@@ -170,7 +167,7 @@ def paper_note(source, results=RESULTS):
     run = executed_paper_notebook(source, results)
     if run != source: return f"*Shown: the committed run of the profile `{run.parents[1].name}`.*"
     command, found = f"make reproduce PROFILE=small ONLY={source.stem}", committed_artefacts(source.stem, results)
-    if found: return "\n\n".join([*_with_headings(found), "## The code", f"`{command}` makes these files; how, the notebook says, cell by cell:"])
+    if found: return "\n\n".join([*_with_headings(found, source.stem), "## The code", f"`{command}` makes these files; how, the notebook says, cell by cell:"])
     return f"*Shown without outputs: no run of it is committed yet. `{command}` makes one.*"
 
 
