@@ -161,7 +161,7 @@ def test_a_verdict_for_every_side_of_zero():
     rows = [dict(row, probe="linear", difference=-.02, low=-.03, high=-.01),
             dict(row, probe="knn", difference=.01, low=math.nan, high=math.nan)]
     assert verdicts(pd.DataFrame(rows), "vanilla") == [
-        "pets, x: against vanilla, contrastive tuning: loses 2.0 points on the linear probe (-3.0 to -1.0); "
+        "pets, x: against vanilla, contrastive tuning: loses 2.0 points on the linear probe (−3.0 to −1.0); "
         "one seed gives no interval on the k-NN probe (+1.0)."]
 
 

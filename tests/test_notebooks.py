@@ -6,7 +6,9 @@ import pytest
 from forked import run_page
 
 REPO = Path(__file__).parents[1]
-NOTEBOOKS = sorted(REPO.glob("nbs/api/*.ipynb"))
+LONG = {"18a_comparison"}             # half a minute
+NOTEBOOKS = [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in LONG else [])
+             for path in sorted(REPO.glob("nbs/api/*.ipynb"))]
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +19,7 @@ def skipped_flags():
     return settings["DEFAULT"].get("tst_flags", "").split()
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS)
 def test_page_runs(path, skipped_flags):
     done = run_page(path, skipped_flags)
     assert done.returncode == 0, done.stdout + done.stderr
