@@ -1412,12 +1412,14 @@ def _unknown(cost):
     return sorted(tasks), sorted(encoders)
 
 
-def _parts(profile, cost):
+NOTEBOOK_SECONDS = 25       # to start a kernel and the processes of its runs, and to write tables and figures
+
+
+def _parts(cost):
     """The share of each part in the time, as a part of a line."""
     hours = cost[list(PARTS)].sum() / default_jobs()
     each = [f"{name} {_duration(hours[name])}" for name in PARTS]
-    decoding = sum(_decoded_hours(profile).values()) / _decoding_speed() / joblib.cpu_count()
-    return f"; {', '.join(each)}; and {_duration(decoding)} to decode the audio once"
+    return f"; {', '.join(each)}"
 
 
 def _if_no_grid_grows(profile, cost):
@@ -1430,19 +1432,22 @@ def _if_no_grid_grows(profile, cost):
     return f"; {_duration(hours.sum())} if no best learning rate lies at the edge of its grid"
 
 
-def _durations(profile):
-    """A line about the time that a profile takes here."""
+def _durations(profile, notebooks):
+    """A line about the time that a profile takes here, with so many notebooks."""
     cost = estimate(profile)
     by_encoder = cost.groupby("backbone", sort=False).hours_here
     hours = by_encoder.sum(min_count=1)
+    decoding = sum(_decoded_hours(profile).values()) / _decoding_speed() / joblib.cpu_count()
+    starting = notebooks * NOTEBOOK_SECONDS / 3600
     each = [f"{backbone} {_duration(hours[backbone])}" for backbone in hours.index]
     device = provenance()["device"]
     line = (
         f"At most {cost.runs.sum()} runs with {cost.hours.sum():,.0f} hours of audio in training steps: "
-        f"about {_duration(hours.sum())} on {device}, {default_jobs()} at once, "
+        f"about {_duration(hours.sum() + decoding + starting)} on {device}, {default_jobs()} at once, "
         f"by timing each encoder ({', '.join(each)})"
     )
-    line += _parts(profile, cost)
+    line += _parts(cost)
+    line += f"; {_duration(decoding)} to decode the audio once; {_duration(starting)} to start {notebooks} notebooks"
     line += _if_no_grid_grows(profile, cost)
     tasks, encoders = _unknown(cost)
     if tasks:
@@ -1469,4 +1474,4 @@ def announce_costs(profile, only=None, always=False):
         print(_downloads(remote))
     if len(remote) or always:
         selected = _selected_sections(profile, only)
-        print(_durations(selected), flush=True)
+        print(_durations(selected, len(paper_notebooks(only))), flush=True)
