@@ -411,7 +411,11 @@ CHECKS = {
 def _check_list(kind, key, value):
     if not isinstance(value, (list, tuple)):
         return [check_value(kind, key, value)]
-    return [check_value(kind, f"{key}[{i}]", each) for i, each in enumerate(value)]
+    checked = [check_value(kind, f"{key}[{i}]", each) for i, each in enumerate(value)]
+    for i, each in enumerate(checked):
+        if isinstance(each, (str, dict)) and each in checked[:i]:
+            _refuse(f"{key}[{i}]", value[i], "new, the list has it already")
+    return checked
 
 
 def _check_mapping(key_kind, kind, key, value):
@@ -658,6 +662,14 @@ def _many_classes(key, value):
     return checked
 
 # %% ../nbs/api/16_paper.ipynb #pap00051
+def _check_table_4(section, options):
+    """The second task must be another one, as a table has one row for a task and an encoder."""
+    second = options.get("many_classes", {})
+    if second and (second["task"], second["backbone"]) == (options.get("task"), options.get("backbone")):
+        problem = f"{second['task']!r} is {section}.task already"
+        raise PaperError(f"{section}.many_classes.task: {problem}; name another task, or use {section}.changes")
+
+
 TABLE_4 = "table_4_ablations"
 TABLE_4_LABELS = "table_4_ablations_labels"
 
@@ -666,7 +678,8 @@ register_artefact(Artefact(
     options=dict(task=str, backbone=str, base=Options, changes=list[Options],
                  many_classes=_many_classes, labels=dict[Count, Count]),
     plan=_table_4,
-    tables=(SavedTable(TABLE_4, across=("probe",)), SavedTable(TABLE_4_LABELS, under_test=("contrastive",)))))
+    tables=(SavedTable(TABLE_4, across=("probe",)), SavedTable(TABLE_4_LABELS, under_test=("contrastive",))),
+    check=_check_table_4))
 
 # %% ../nbs/api/16_paper.ipynb #pap00053
 def _encoder(key, value):

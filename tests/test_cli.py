@@ -370,6 +370,10 @@ REFUSED = [         # given, and what the error says
     (dict(table_2=dict(tune=["words-4"])), "is not a mapping of names"),
     (dict(figure_2=dict(families=["words-4"])), "figure_2.families"),
     (dict(figure_3=dict(task=["words-4"])), "figure_3.task"),
+    (dict(table_2=dict(tasks=["words-4", "words-4"])), r"tasks\[1\]: 'words-4' is not new, the list has it already"),
+    (dict(table_3=dict(trials=[dict(lr=.1), dict(lr="1e-1")])), r"trials\[1\]: {'lr': '1e-1'} is not new"),
+    (dict(table_4=dict(task="words-4", backbone="log-mel", many_classes=dict(task="words-4", backbone="log-mel", base={}, changes=[]))),
+     "many_classes.task: 'words-4' is table_4.task already; name another task"),
     (dict(table_4=dict(labels={5: 0})), "table_4.labels.5: 0 is not"),
     (dict(table_4=dict(labels={"few": 3})), "'few' is not a number"),
     (dict(table_1=dict(fetch="yes")), "'yes' is not true or false")]
