@@ -46,10 +46,7 @@ def _modules_behind(source, found=frozenset()):
     return found
 
 
-@functools.cache
-def _executed_code(source):
-    """`executed_code`, once for each module: most notebooks stand on the same ones."""
-    return executed_code(source)
+_executed_code = functools.cache(executed_code)                                       # most notebooks stand on the same modules
 
 
 def stamp(path):

@@ -227,7 +227,7 @@ def test_changed_code_puts_outputs_out_of_date(tmp_path, monkeypatch):
 
 # --- the guides ---------------------------------------------------------------------------------------------------------
 
-# More than ten seconds of tuning. The pages of the library run in every test run, see test_notebooks.
+# More than ten seconds of computing. Nearly all pages of the library run in every test run, see test_notebooks.
 LONG = ("full_costs", "multi_label", "read_the_geometry", "classify_your_own", "does_it_help", "index", "add_a_backbone", "scale_out",
         "your_own_audio", "hear_the_embedding")
 
