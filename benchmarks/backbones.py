@@ -11,6 +11,7 @@ model (random weights, published size), whose peer is the feature extractor of t
 On a GPU there is also `memory/NAME`, the peak of a step, and `mfu/NAME`, the share of the measured rate of
 matrix products that a step reaches; `waits/NAME` is how often a step waits for the GPU.
 """
+
 import contextlib
 import tempfile
 import warnings
@@ -25,9 +26,17 @@ from act.backbones import load_backbone
 from act.encoders import SPEECH_STRIDE, SPEECH_WINDOW, speech_decibels
 from act.manifest import weight_file
 
-NAMES = ["log-mel", "speech-embedding", "aisfx", "ge2e", "musicnn-vgg", "musicnn", "whisper-tiny.en",
-         "wav2vec2-base"]
-LARGE = ["wavlm-base", "hubert-large", "hf-ast", "hf-whisper", "hf-clap"]      # by default on a GPU only
+NAMES = [
+    "log-mel",
+    "speech-embedding",
+    "aisfx",
+    "ge2e",
+    "musicnn-vgg",
+    "musicnn",
+    "whisper-tiny.en",
+    "wav2vec2-base",
+]
+LARGE = ["wavlm-base", "hubert-large", "hf-ast", "hf-whisper", "hf-clap"]  # by default on a GPU only
 
 
 def step(backbone, x, optimizer, precision):
@@ -43,6 +52,7 @@ def step(backbone, x, optimizer, precision):
 def onnx_peer(backbone, x):
     """The wheel's own file, on the same windows, spectrogram included."""
     import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     path = str(weight_file("speech-embedding"))
@@ -51,10 +61,11 @@ def onnx_peer(backbone, x):
 
     def embed():
         mels = speech_decibels(backbone.mel(x), backbone.mel.counts(lengths))
-        windows = mels.unfold(1, SPEECH_WINDOW, SPEECH_STRIDE)            # (B, windows, 32, 76)
+        windows = mels.unfold(1, SPEECH_WINDOW, SPEECH_STRIDE)  # (B, windows, 32, 76)
         images = windows.flatten(0, 1).transpose(1, 2)[..., None].contiguous()
         outputs = session.run(None, {"input_1": images.numpy()})
         return outputs[0].reshape(len(x), -1, 96).mean(1)
+
     return embed, "onnxruntime"
 
 
@@ -75,6 +86,7 @@ def peer_of(name, backbone, x):
     def embed():
         outputs, _ = model.extract_features(x)
         return outputs[-1].mean(1)
+
     return embed, "torchaudio"
 
 
@@ -123,7 +135,7 @@ def step_records(name, backbone, x, repeats, precision):
         waits = waits_in(one_step)
         yield record(f"waits/{name}", kind, waits, unit="waits", higher_is_better=False)
         peak = torch.cuda.max_memory_allocated(device)
-        yield record(f"memory/{name}", kind, peak / 2 ** 30, unit="GiB", higher_is_better=False)
+        yield record(f"memory/{name}", kind, peak / 2**30, unit="GiB", higher_is_better=False)
         with FlopCounterMode(display=False) as counter:
             one_step()
         rate = counter.get_total_flops() / seconds
@@ -133,6 +145,7 @@ def step_records(name, backbone, x, repeats, precision):
 def published_size(kind):
     """A model of transformers of its default size, with random weights, as a backbone."""
     import transformers
+
     kinds = {
         "ast": (transformers.ASTConfig(), transformers.ASTFeatureExtractor()),
         "whisper": (transformers.WhisperConfig(), transformers.WhisperFeatureExtractor()),
@@ -156,7 +169,7 @@ def measure(name, options, device):
     """All records of one backbone."""
     backbone = built(name, options.random).to(device)
     samples = int(options.seconds * backbone.sample_rate)
-    x = .1 * torch.randn(options.batch, samples, device=device)
+    x = 0.1 * torch.randn(options.batch, samples, device=device)
 
     def precision():
         half = options.bf16
@@ -173,7 +186,7 @@ def parsed_options():
     parser = option_parser(__doc__)
     parser.add_argument("--names", nargs="+", help=f"of {' '.join(NAMES + LARGE)} and all others")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--seconds", type=float, default=1.)
+    parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int)
     add_device_option(parser)

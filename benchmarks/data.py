@@ -1,16 +1,17 @@
-"""How fast a task is decoded into the waveform cache, and read back, against a plain loop over its files; and how
-fast batches are assembled from the cache, against PyTorch's DataLoader.
+"""How fast a task is decoded into the waveform cache, and read back, against a plain loop over its files; and
+how fast batches are assembled from the cache, against PyTorch's DataLoader.
 
     python benchmarks/data.py [--task asc40-mini] [--rates 8000 22050 44100] [--clips N] [--workers N] [--repeats 3] [--json FILE]
 
-The first rate names the records; the others have it after an @. The peer is what one would write without this library:
-`soundfile.read`, then `torchaudio.functional.resample`, clip by clip. The repeats of ours and the peer take turns and the
-best of each counts, so that other work on the machine touches both alike.
+The first rate names the records; the others have it after an @. The peer is what one would write without this
+library: `soundfile.read`, then `torchaudio.functional.resample`, clip by clip. The repeats of ours and the
+peer take turns and the best of each counts, so that other work on the machine touches both alike.
 
-The records `batch/256x1s` and `batch/64x10s` are batches of that many clips of noise, from 16-bit WAV files at the rate
-of the encoder, read before. Ours come from the cache in one thread; the peer is a DataLoader with one process per core
-that reads the files and pads them. Both draw the same clips.
+The records `batch/256x1s` and `batch/64x10s` are batches of that many clips of noise, from 16-bit WAV files
+at the rate of the encoder, read before. Ours come from the cache in one thread; the peer is a DataLoader with
+one process per core that reads the files and pads them. Both draw the same clips.
 """
+
 import os
 import shutil
 import tempfile
@@ -26,9 +27,9 @@ from act.audio import Clip, WaveCache, collate
 from act.tasks import load_task
 
 PEER = "soundfile + torchaudio.functional.resample, one clip after the other"
-RATES = 8000, 22050, 44100      # Hz; other than that of the recordings, so that there is something to resample
-BATCHES = (256, 1), (64, 10)    # clips, seconds of each
-BATCH_RATE = 16000              # Hz
+RATES = 8000, 22050, 44100  # Hz; other than that of the recordings, so that there is something to resample
+BATCHES = (256, 1), (64, 10)  # clips, seconds of each
+BATCH_RATE = 16000  # Hz
 LOADER = "torch DataLoader over the WAV files, {} processes"
 
 
@@ -44,7 +45,7 @@ def build(clips, sample_rate, workers, folder):
     """Decode, resample and write the cache from nothing."""
     shutil.rmtree(folder, ignore_errors=True)
     os.environ["ACT_CACHE"] = folder
-    contents = list(range(len(clips)))                        # each cache has a folder of its own
+    contents = list(range(len(clips)))  # each cache has a folder of its own
     return WaveCache.open(clips, sample_rate, contents, workers=workers, progress=False)
 
 
@@ -54,11 +55,12 @@ def read_back(cache):
 
 
 def measure(task, sample_rate, n, workers, repeats):
-    """The number of clips, and the seconds for all of them: ours and the peer to decode, ours to read back."""
+    """The number of clips, and the seconds for all of them: ours and the peer to decode, ours to read
+    back."""
     clips = load_task(task).clips[:n]
     original = os.environ.get("ACT_CACHE")
     folder = tempfile.mkdtemp()
-    few = clips[:64]                                          # warm up: files, filters, threads
+    few = clips[:64]  # warm up: files, filters, threads
     plain_loop(few, sample_rate)
     build(few, sample_rate, workers, folder)
     built = []
@@ -66,7 +68,9 @@ def measure(task, sample_rate, n, workers, repeats):
     def build_again():
         built[:] = [build(clips, sample_rate, workers, folder)]
 
-    works = dict(peer=lambda: plain_loop(clips, sample_rate), ours=build_again, reading=lambda: read_back(built[0]))
+    works = dict(
+        peer=lambda: plain_loop(clips, sample_rate), ours=build_again, reading=lambda: read_back(built[0])
+    )
     best, _ = best_times(works, repeats)
     shutil.rmtree(folder)
     restore_cache(original)
@@ -75,10 +79,12 @@ def measure(task, sample_rate, n, workers, repeats):
 
 class Files(torch.utils.data.Dataset):
     """What one would write to feed a DataLoader."""
+
     def __init__(self, paths):
         self.paths = paths
 
-    def __len__(self): return len(self.paths)
+    def __len__(self):
+        return len(self.paths)
 
     def __getitem__(self, i):
         x, _ = sf.read(self.paths[i], dtype="float32")
@@ -91,7 +97,7 @@ def noise_files(folder, n, seconds):
     clips = []
     for i in range(n):
         path = Path(folder) / f"{i:05}.wav"
-        sf.write(path, rng.uniform(-.5, .5, BATCH_RATE * seconds), BATCH_RATE)
+        sf.write(path, rng.uniform(-0.5, 0.5, BATCH_RATE * seconds), BATCH_RATE)
         clips.append(Clip(path))
     return clips
 
@@ -119,7 +125,8 @@ def measure_batches(n, seconds, count, repeats):
 
         def by_loader():
             loader = torch.utils.data.DataLoader(
-                files, batch_sampler=order.tolist(), collate_fn=collate, num_workers=os.cpu_count())
+                files, batch_sampler=order.tolist(), collate_fn=collate, num_workers=os.cpu_count()
+            )
             return seconds_per_batch(iter(loader), count)
 
         works = dict(ours=lambda: seconds_per_batch(map(cache.batch, order), count), peer=by_loader)
@@ -138,8 +145,16 @@ def restore_cache(folder):
 
 def rate_record(name, clips, sample_rate, ours, peer, peer_name=PEER, **more):
     """Clips per second, from the seconds of ours and of the peer."""
-    return record(name, with_cores(), clips / ours, clips / peer, peer_name,
-                  clips=clips, sample_rate=sample_rate, **more)
+    return record(
+        name,
+        with_cores(),
+        clips / ours,
+        clips / peer,
+        peer_name,
+        clips=clips,
+        sample_rate=sample_rate,
+        **more,
+    )
 
 
 def options():
@@ -168,10 +183,11 @@ def all_records(o):
 
 def main():
     o = options()
-    torch.set_num_threads(1)   # the peer's short convolutions are fastest so; ours runs its own threads
+    torch.set_num_threads(1)  # the peer's short convolutions are fastest so; ours runs its own threads
     load = os.getloadavg()[0]
     print(f"load {load:.1f} on {os.cpu_count()} cores")
     report(all_records(o), o.json)
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

@@ -12,6 +12,7 @@ anonymous pages of a process, so files mapped from disk do not count: for embedd
 created, for the probe since after the embeddings are. It is measured in separate processes whose allocator
 returns freed memory at once, because what the heap would otherwise keep varies by chance.
 """
+
 import argparse
 import tempfile
 from dataclasses import dataclass
@@ -42,10 +43,12 @@ from act.tasks import SPLITS, Task
 @dataclass(frozen=True)
 class Noise:
     """A clip of a third of a second to one second, the length of spoken words, that costs nothing to make."""
+
     index: int
 
     @property
-    def key(self): return f"noise {self.index}"
+    def key(self):
+        return f"noise {self.index}"
 
     def load(self, sample_rate):
         samples = sample_rate * (50 + self.index * 37 % 100) // 150
@@ -87,6 +90,7 @@ def neighbours_cost(queries, bank, dim, device):
 
 def compare(name, function, once, tenfold, device, repeats, bar):
     """The time and the memory record of ten times the clips."""
+
     def measured(arguments, **environment):
         found = in_new_process(function, *arguments, **environment)
         bar.update()
@@ -97,7 +101,7 @@ def compare(name, function, once, tenfold, device, repeats, bar):
     _, size = measured(once, **RETURN_FREED_MEMORY)
     _, size_tenfold = measured(tenfold, **RETURN_FREED_MEMORY)
     kind, rest = name.split("/")
-    mebibyte = 2 ** 20
+    mebibyte = 2**20
     yield record(
         name=name,
         device=device,

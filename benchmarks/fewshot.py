@@ -1,14 +1,17 @@
-"""Eight clips a class: accuracy and seconds of ours against audiosetfit and a logistic regression on the same encoder.
+"""Eight clips a class: accuracy and seconds of ours against audiosetfit and a logistic regression on the same
+encoder.
 
     python benchmarks/fewshot.py [--tasks fsdd esc10] [--clips 8] [--draws 5] [--json FILE]
 
-Every draw takes as many clips of each class from the training side, and all three learn from the same ones. Ours holds two
-clips of each class back to choose the penalty and to calibrate; the peers train on all of them. Both tuners put their clips
-through the encoder equally often (--passes); audiosetfit, which by its defaults takes every pair of clips once, then sees a
-drawn part of the pairs. Its learning rate is its own, 2e-5, unless --peer-lr says otherwise; ours is that of the encoder.
-Accuracy is that of the whole test side. Seconds are those of training, from decoded clips to a classifier that can predict;
-on a CPU they are CPU time, which other programs disturb less.
+Every draw takes as many clips of each class from the training side, and all three learn from the same ones.
+Ours holds two clips of each class back to choose the penalty and to calibrate; the peers train on all of
+them. Both tuners put their clips through the encoder equally often (--passes); audiosetfit, which by its
+defaults takes every pair of clips once, then sees a drawn part of the pairs. Its learning rate is its own,
+2e-5, unless --peer-lr says otherwise; ours is that of the encoder. Accuracy is that of the whole test side.
+Seconds are those of training, from decoded clips to a classifier that can predict; on a CPU they are CPU
+time, which other programs disturb less.
 """
+
 import contextlib
 import importlib.util
 import io
@@ -40,11 +43,12 @@ from act.tuning import TuneConfig
 OURS = "act"
 REGRESSION = "scikit-learn LogisticRegression on the frozen encoder"
 PEER = "audiosetfit 0.1.0"
-HELD_BACK = 2       # clips of each class with which ours chooses and calibrates
+HELD_BACK = 2  # clips of each class with which ours chooses and calibrates
 UNITS = dict(accuracy="share of test clips", seconds="s")
 
 
 # ---- draws ----------------------------------------------------------------------------------------
+
 
 def drawn(task, clips, draw):
     """A task of some training clips of each class, a few of them for validation."""
@@ -55,7 +59,9 @@ def drawn(task, clips, draw):
     for label in range(task.n_classes):
         chosen = order[labels == label][:clips]
         if len(chosen) < clips:
-            raise SystemExit(f"{task.name}: {task.classes[label]} has {len(chosen)} training clips, not {clips}")
+            raise SystemExit(
+                f"{task.name}: {task.classes[label]} has {len(chosen)} training clips, not {clips}"
+            )
         rows += chosen.tolist()
         split += ["train"] * (clips - HELD_BACK) + ["valid"] * HELD_BACK
     return replace(task.subset(rows), split=np.array(split))
@@ -73,6 +79,7 @@ def waveforms(task, sample_rate):
 
 # ---- three ways; each returns accuracy and seconds --------------------------------------------------
 
+
 def ours(few, test, o):
     config = TuneConfig(passes=o.passes, batch=o.batch)
 
@@ -87,7 +94,8 @@ def ours(few, test, o):
 def regression(few, test, o):
     """What one writes in five lines with scikit-learn."""
     backbone = load_backbone(o.backbone)
-    with tempfile.TemporaryDirectory() as folder:       # an empty cache
+    with tempfile.TemporaryDirectory() as folder:  # an empty cache
+
         def train():
             z = embed(backbone, few, folder=folder, progress=False)
             model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
@@ -110,6 +118,7 @@ def audiosetfit(few, test, o):
     """Its trainer and its head, with the same encoder behind its interface."""
     from audiosetfit import AudioSetFitModel, Trainer, TrainingArguments
     from tuning import audiosetfit_body
+
     body = audiosetfit_body(o)
     model = AudioSetFitModel(body, LogisticRegression(), labels=list(few.classes))
     names = [few.classes[label] for label in few.labels]
@@ -119,7 +128,7 @@ def audiosetfit(few, test, o):
         settings["body_learning_rate"] = o.peer_lr
     torch.manual_seed(0)
     trainer = Trainer(model, TrainingArguments(show_progress_bar=False, **settings), data)
-    with contextlib.redirect_stdout(io.StringIO()):     # it prints its settings
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its settings
         seconds, _ = timed(trainer.train, o.device, processor_time)
     predicted = model.predict(waveforms(test, body.target_sr))
     truth = [test.classes[label] for label in test.labels]
@@ -127,6 +136,7 @@ def audiosetfit(few, test, o):
 
 
 # ---- records ----------------------------------------------------------------------------------------
+
 
 def ways_of(o):
     """The ways that are measured, and why the others are not."""
@@ -149,7 +159,7 @@ def measure(name, ways, o, bar):
     found = {way: dict(accuracy=[], seconds=[]) for way in ways}
     for draw in range(o.draws):
         few = drawn(task, o.clips, draw)
-        few.waveforms(load_backbone(o.backbone).sample_rate)      # decoded before the clock starts
+        few.waveforms(load_backbone(o.backbone).sample_rate)  # decoded before the clock starts
         for way, work in ways.items():
             accuracy, seconds = work(few, test, o)
             found[way]["accuracy"].append(round(float(accuracy), 4))

@@ -13,6 +13,7 @@ killed; the runs of a profile are resumed one by one.
 With a budget, no step begins after so many minutes; a study ends between two runs and any other step is
 ended.
 """
+
 import argparse
 import json
 import os
@@ -30,17 +31,18 @@ from pathlib import Path
 import psutil
 
 REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))      # where act is not installed
+sys.path.insert(0, str(REPO))  # where act is not installed
 
 from act.core import code_of, file_digest, full_path, identity, write_atomic  # noqa: E402
 
-GRACE = 30              # seconds that a step has after the deadline to end by itself
-POLL = .2               # seconds between two looks at a step
-CONTEXT_GB = 8          # memory that one run of a study may need on the device
-ACT = "from act.cli import main; main()"      # the command act, which may not be installed
+GRACE = 30  # seconds that a step has after the deadline to end by itself
+POLL = 0.2  # seconds between two looks at a step
+CONTEXT_GB = 8  # memory that one run of a study may need on the device
+ACT = "from act.cli import main; main()"  # the command act, which may not be installed
 
 
 # --- the steps ----------------------------------------------------------------------------------------------
+
 
 @dataclass
 class Step:
@@ -114,17 +116,62 @@ def all_steps(device, out):
     return [
         Step("doctor", "what `act doctor` finds", act("doctor")),
         cuda_tests(),
-        benchmark("wav2vec2-256x1s", "wav2vec2-base, batches of 256 clips of 1 s",
-                  "backbones.py", *wav2vec2, "--batch", "256", "--seconds", "1"),
-        benchmark("wav2vec2-64x10s", "wav2vec2-base, batches of 64 clips of 10 s",
-                  "backbones.py", *wav2vec2, "--batch", "64", "--seconds", "10"),
-        benchmark("losses", "losses, forward and backward, against other implementations",
-                  "losses.py", *on, "--dim", "256", "--classes", "527", "--n", "8192", "65536"),
-        benchmark("tuning", "tuning steps against another trainer, and against the rate of the device", "tuning.py", *on,
-                  "--only", "mfu", "prepare", "trainer", "--rows", "64"),
+        benchmark(
+            "wav2vec2-256x1s",
+            "wav2vec2-base, batches of 256 clips of 1 s",
+            "backbones.py",
+            *wav2vec2,
+            "--batch",
+            "256",
+            "--seconds",
+            "1",
+        ),
+        benchmark(
+            "wav2vec2-64x10s",
+            "wav2vec2-base, batches of 64 clips of 10 s",
+            "backbones.py",
+            *wav2vec2,
+            "--batch",
+            "64",
+            "--seconds",
+            "10",
+        ),
+        benchmark(
+            "losses",
+            "losses, forward and backward, against other implementations",
+            "losses.py",
+            *on,
+            "--dim",
+            "256",
+            "--classes",
+            "527",
+            "--n",
+            "8192",
+            "65536",
+        ),
+        benchmark(
+            "tuning",
+            "tuning steps against another trainer, and against the rate of the device",
+            "tuning.py",
+            *on,
+            "--only",
+            "mfu",
+            "prepare",
+            "trainer",
+            "--rows",
+            "64",
+        ),
         benchmark("probes", "probes against scikit-learn and torch.optim.LBFGS", "probes.py", *on),
-        benchmark("backbones", "every encoder: embedding, and a tuning step",
-                  "backbones.py", "--random", *on, *half, "--batch", "64"),
+        benchmark(
+            "backbones",
+            "every encoder: embedding, and a tuning step",
+            "backbones.py",
+            "--random",
+            *on,
+            *half,
+            "--batch",
+            "64",
+        ),
         benchmark("embeddings", "the cost of ten times the clips", "embeddings.py", *on),
         benchmark("predict", "classifying files against embedding them", "predict.py"),
         benchmark("fewshot", "eight clips a class against other ways", "fewshot.py", *on),
@@ -135,6 +182,7 @@ def all_steps(device, out):
 
 
 # --- the machine --------------------------------------------------------------------------------------------
+
 
 def driver_version():
     """Of the NVIDIA driver, or None."""
@@ -161,6 +209,7 @@ def describe_machine(device):
     """Device, driver, versions, and the measured rate of a bf16 matrix product in operations a second."""
     import torch
     from measuring import matmul_rate
+
     here = torch.device(device)
     size = 8192 if device == "cuda" else 512
     described = dict(
@@ -170,17 +219,23 @@ def describe_machine(device):
         memory_gb=psutil.virtual_memory().total / 1e9,
         versions=installed_versions(),
         matrix_size=size,
-        matrix_rate=matmul_rate(here, size))
+        matrix_rate=matmul_rate(here, size),
+    )
     if device == "cuda":
         properties = torch.cuda.get_device_properties(here)
-        described |= dict(device_memory_gb=properties.total_memory / 1e9, cuda=torch.version.cuda,
-                          cudnn=torch.backends.cudnn.version(), gpus=torch.cuda.device_count())
+        described |= dict(
+            device_memory_gb=properties.total_memory / 1e9,
+            cuda=torch.version.cuda,
+            cudnn=torch.backends.cudnn.version(),
+            gpus=torch.cuda.device_count(),
+        )
     return described
 
 
 def device_name(device):
     """Name of the device; ends the program where there is none."""
     import torch
+
     if device == "cpu":
         return f"cpu {platform.machine()}"
     if not torch.cuda.is_available():
@@ -191,8 +246,12 @@ def device_name(device):
 class Watch(threading.Thread):
     """Samples of the memory in use on the device and of the share of time it was busy, by nvidia-smi."""
 
-    QUERY = ["nvidia-smi", "--query-gpu=memory.used,utilization.gpu", "--format=csv,noheader,nounits",
-             "--loop-ms=500"]
+    QUERY = [
+        "nvidia-smi",
+        "--query-gpu=memory.used,utilization.gpu",
+        "--format=csv,noheader,nounits",
+        "--loop-ms=500",
+    ]
 
     def __init__(self):
         super().__init__(daemon=True)
@@ -203,8 +262,9 @@ class Watch(threading.Thread):
     def __enter__(self):
         try:
             self.process = subprocess.Popen(
-                self.QUERY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        except OSError:      # no NVIDIA driver
+                self.QUERY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            )
+        except OSError:  # no NVIDIA driver
             return self
         self.start()
         return self
@@ -230,15 +290,21 @@ class Watch(threading.Thread):
 
 # --- one step -----------------------------------------------------------------------------------------------
 
+
 def stamp_of(step, out, machine):
-    """Names what decides the outcome of a step: command, code, files, device, versions; of a profile, the data."""
+    """Names what decides the outcome of a step: command, code, files, device, versions; of a profile, the
+    data."""
     modules = [path.stem for path in (REPO / "act").glob("*.py") if not path.stem.startswith("_")]
     code = code_of(*[f"act.{module}" for module in sorted(modules)])
-    files = {str(path.relative_to(REPO)): file_digest(path) for path in step.files if path.is_relative_to(REPO)}
+    files = {
+        str(path.relative_to(REPO)): file_digest(path) for path in step.files if path.is_relative_to(REPO)
+    }
     mirror = os.environ.get("ACT_MIRROR")
     archives = sorted(os.listdir(full_path(mirror))) if mirror and step.profile else []
     stated = {key: machine.get(key) for key in ("device", "driver", "versions")}
-    return identity(command=shown_command(step, out), code=code, files=files, data=archives, machine=stated).digest
+    return identity(
+        command=shown_command(step, out), code=code, files=files, data=archives, machine=stated
+    ).digest
 
 
 def jobs_of(machine):
@@ -322,7 +388,9 @@ def profile_records(folder):
     for path in (folder / "runs").glob("*.json"):
         status = (read_json(path) or {}).get("status", "unreadable")
         counts[status] = counts.get(status, 0) + 1
-    records += [dict(name=f"runs/{status}", ours=count, unit="runs") for status, count in sorted(counts.items())]
+    records += [
+        dict(name=f"runs/{status}", ours=count, unit="runs") for status, count in sorted(counts.items())
+    ]
     return records
 
 
@@ -343,7 +411,9 @@ def measured(step, out, variables, deadline):
     started = time.time()
     with Watch() as watch:
         returncode = run_command(command, log, variables, deadline)
-    outcome = dict(status=status_of(returncode, deadline), seconds=round(time.time() - started, 1), **watch.found())
+    outcome = dict(
+        status=status_of(returncode, deadline), seconds=round(time.time() - started, 1), **watch.found()
+    )
     outcome["reason"] = None if outcome["status"] == "done" else last_line(log)
     outcome["records"] = profile_records(out / step.profile) if step.profile else read_json(written, [])
     written.unlink(missing_ok=True)
@@ -375,6 +445,7 @@ def do(step, out, machine, deadline):
 
 # --- all steps ----------------------------------------------------------------------------------------------
 
+
 def machine_of(device, out):
     """The description of the machine, measured anew in a process of its own, also in `machine.json`."""
     command = [sys.executable, str(Path(__file__).resolve()), "--device", device, "--machine"]
@@ -388,7 +459,8 @@ def machine_of(device, out):
 
 
 def make_known():
-    """Write act.egg-info where act is not installed: the library finds its rendered words by that entry point."""
+    """Write act.egg-info where act is not installed: the library finds its rendered words by that entry
+    point."""
     try:
         distribution("act")
     except PackageNotFoundError:
@@ -418,9 +490,13 @@ def parsed_options():
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("--only", nargs="+", metavar="STEP", help="some of the steps")
-    parser.add_argument("--budget", type=float, metavar="MINUTES", help="no step begins after so many minutes")
+    parser.add_argument(
+        "--budget", type=float, metavar="MINUTES", help="no step begins after so many minutes"
+    )
     parser.add_argument("--out", type=full_path, default=REPO / "results" / "gpu", metavar="FOLDER")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: to try the script itself")
+    parser.add_argument(
+        "--device", choices=["cuda", "cpu"], default="cuda", help="cpu: to try the script itself"
+    )
     parser.add_argument("--list", action="store_true", help="print the steps and their commands")
     parser.add_argument("--machine", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -440,11 +516,14 @@ def main():
     if options.list:
         return print_steps(steps, out)
     deadline = None if options.budget is None else time.time() + 60 * options.budget
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))      # so that the processes of a step end too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # so that the processes of a step end too
     (out / "logs").mkdir(parents=True, exist_ok=True)
     make_known()
     machine = machine_of(options.device, out)
-    print(f"{machine['device']}: {machine['matrix_rate'] / 1e12:.3g} TFLOP/s in a bf16 matrix product", flush=True)
+    print(
+        f"{machine['device']}: {machine['matrix_rate'] / 1e12:.3g} TFLOP/s in a bf16 matrix product",
+        flush=True,
+    )
     by_status = run_steps(steps, out, machine, deadline)
     summary = [f"{len(names)} {status}" for status, names in by_status.items() if names]
     print(f"{', '.join(summary)}; {out}")

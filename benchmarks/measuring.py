@@ -6,6 +6,7 @@ does so in new processes, which call one of its functions.
 
 Nothing of the library is imported before it is used: a benchmark may measure an older revision.
 """
+
 import argparse
 import functools
 import json
@@ -20,10 +21,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2 ** 16)}   # glibc; costs time
+RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}  # glibc; costs time
 
 
 # ---- records ----------------------------------------------------------------------------------------
+
 
 def record(name, device, ours, peer=None, peer_name=None, unit="clips/s", higher_is_better=True, **more):
     """One number of ours beside that of a peer; the ratio is ours / peer, null without a peer."""
@@ -60,6 +62,7 @@ def line_of(r):
 def write_records(path, records, end=""):
     """Write the records as JSON, completely or not at all; some benchmarks end the file with a newline."""
     from act.core import write_atomic
+
     write_atomic(path, json.dumps(records, indent=1) + end)
 
 
@@ -85,11 +88,12 @@ def progress_bar(total, what):
 
 # ---- options ----------------------------------------------------------------------------------------
 
+
 def option_parser(description, formatter=argparse.RawDescriptionHelpFormatter):
     """A parser with the options that every benchmark has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=formatter)
     parser.add_argument("--json", type=json_file, metavar="FILE", help="write the records here")
-    parser.add_argument("--child", help=argparse.SUPPRESS)      # what a new process is to compute
+    parser.add_argument("--child", help=argparse.SUPPRESS)  # what a new process is to compute
     return parser
 
 
@@ -129,6 +133,7 @@ def checkout(folder):
 
 
 # ---- devices and clocks -----------------------------------------------------------------------------
+
 
 def device_name(device, cpu="cpu"):
     """The name of the GPU, or what stands for the CPU."""
@@ -185,6 +190,7 @@ def in_turns(works, repeats):
 
 def best_times(works, repeats, device="cpu", clock=wall_time):
     """The shortest time of each work, in turns, and its last result."""
+
     def timing(work):
         return lambda: timed(work, device, clock)
 
@@ -199,10 +205,11 @@ def matmul_rate(device, n=8192):
     """Operations per second of a large bf16 matrix product."""
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
     seconds = seconds_per_call(lambda: a @ a, device, 10)
-    return 2 * n ** 3 / seconds
+    return 2 * n**3 / seconds
 
 
 # ---- memory (Linux) ---------------------------------------------------------------------------------
+
 
 def status_bytes(field):
     """A field of /proc/self/status: VmRSS is the memory in use, VmHWM its peak."""
@@ -224,7 +231,7 @@ def cost(work, before):
     finished = threading.Event()
 
     def watch():
-        while not finished.wait(.002):
+        while not finished.wait(0.002):
             peaks.append(anonymous_bytes() - before)
 
     watcher = threading.Thread(target=watch)
@@ -239,6 +246,7 @@ def cost(work, before):
 
 
 # ---- processes of their own -------------------------------------------------------------------------
+
 
 def in_new_process(function, *arguments, checkout=None, **environment):
     """The result of a function of a benchmark in a new process. Arguments and result pass as JSON.

@@ -10,6 +10,7 @@ embedding, and that the memory does not grow with the number of files.
 
 Each measurement is made in a new process. Those of time take turns, and the shortest counts.
 """
+
 import tempfile
 from pathlib import Path
 
@@ -44,8 +45,8 @@ def write_files(folder, count):
     draw = np.random.default_rng(0)
     seconds = np.arange(RATE) / RATE
     for i in range(count):
-        tone = .3 * np.sin(2 * np.pi * (200 + 50 * (i % CLASSES)) * seconds)
-        sf.write(folder / f"{i:05}.wav", tone + .05 * draw.normal(size=RATE), RATE)
+        tone = 0.3 * np.sin(2 * np.pi * (200 + 50 * (i % CLASSES)) * seconds)
+        sf.write(folder / f"{i:05}.wav", tone + 0.05 * draw.normal(size=RATE), RATE)
 
 
 def task_of(files, name):
@@ -58,7 +59,7 @@ def task_of(files, name):
 
 def save_model(folder, backbone, files):
     """A classifier of the first files with the encoder as it is."""
-    task = task_of(files[:30 * CLASSES], "first")
+    task = task_of(files[: 30 * CLASSES], "first")
     model = AudioClassifier.train(task, backbone=backbone, method="frozen", progress=False)
     model.save_pretrained(folder)
 
@@ -106,11 +107,14 @@ def measure(backbone, count, repeats):
         model = Path(parent, "model")
         save_model(model, backbone, first_files(folder, count))
         files = str(model), str(folder)
-        works = dict(predict=lambda: with_new_cache(cost_of_predicting, *files, count),
-                     embed=lambda: with_new_cache(cost_of_embedding, *files, count))
+        works = dict(
+            predict=lambda: with_new_cache(cost_of_predicting, *files, count),
+            embed=lambda: with_new_cache(cost_of_embedding, *files, count),
+        )
         costs = in_turns(works, repeats)
-        memory = [with_new_cache(cost_of_predicting, *files, n, **RETURN_FREED_MEMORY)
-                  for n in (count, count // 10)]
+        memory = [
+            with_new_cache(cost_of_predicting, *files, n, **RETURN_FREED_MEMORY) for n in (count, count // 10)
+        ]
     speed = {kind: count / min(seconds for seconds, _ in pairs) for kind, pairs in costs.items()}
     mebibytes = [peak / 2**20 for _, peak in memory]
     name = f"predict/{backbone}"

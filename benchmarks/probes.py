@@ -1,10 +1,12 @@
 """Speed of the probes against scikit-learn and torch.optim.LBFGS, in one run. Ratios are ours / peer.
 
 One penalty, the path of eight penalties for one class per clip and for several labels per clip, k-NN
-predictions, and on a GPU every measure of geometry against the same on the CPU. On the path, every peer starts each fit from the last one, from the strongest penalty to the
-weakest, and is given the loosest of its tolerances at which every objective is within a thousandth of the
-minimum. On a CPU the seconds are CPU time, which other programs disturb less.
+predictions, and on a GPU every measure of geometry against the same on the CPU. On the path, every peer
+starts each fit from the last one, from the strongest penalty to the weakest, and is given the loosest of its
+tolerances at which every objective is within a thousandth of the minimum. On a CPU the seconds are CPU time,
+which other programs disturb less.
 """
+
 import functools
 import warnings
 
@@ -29,24 +31,25 @@ from act.geometry import geometry
 from act.probes import PENALTIES, KNNProbe
 from act.solver import linear_path
 
-PEER_STEPS = 200       # of scikit-learn at one penalty
-MOST_STEPS = 2000      # of the peers at each penalty of the path
-TOLERANCES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6)    # on the gradient of the mean loss
-CLOSE = 1e-3           # relative distance from the minimum
+PEER_STEPS = 200  # of scikit-learn at one penalty
+MOST_STEPS = 2000  # of the peers at each penalty of the path
+TOLERANCES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6)  # on the gradient of the mean loss
+CLOSE = 1e-3  # relative distance from the minimum
 
 
 # ---- data ------------------------------------------------------------------------------------------
 
+
 def embeddings(n, dim, classes, seed):
     """Correlated embeddings (n, dim) of Gaussian classes, a tenth of the labels wrong, float32."""
     g = torch.Generator().manual_seed(0)
-    spread = torch.arange(1, dim + 1) ** -.7
+    spread = torch.arange(1, dim + 1) ** -0.7
     rotation = torch.linalg.qr(torch.randn(dim, dim, generator=g))[0]
     centres = torch.randn(classes, dim, generator=g) * spread
     g.manual_seed(seed)
     y = torch.randint(classes, (n,), generator=g)
-    X = (.8 * centres[y] + torch.randn(n, dim, generator=g) * spread) @ rotation
-    wrong = torch.rand(n, generator=g) < .1
+    X = (0.8 * centres[y] + torch.randn(n, dim, generator=g) * spread) @ rotation
+    wrong = torch.rand(n, generator=g) < 0.1
     return X, torch.where(wrong, torch.randint(classes, (n,), generator=g), y)
 
 
@@ -54,9 +57,9 @@ def tags_of(y, labels):
     """Multi-hot rows (N, L): each class is a fixed set of about a fifth of the labels."""
     g = torch.Generator().manual_seed(2)
     classes = int(y.max()) + 1
-    sets = torch.rand(classes, labels, generator=g) < .2
+    sets = torch.rand(classes, labels, generator=g) < 0.2
     label = torch.arange(labels)
-    sets[label % classes, label] = True    # every label occurs
+    sets[label % classes, label] = True  # every label occurs
     return sets[y].float()
 
 
@@ -66,6 +69,7 @@ def standardised(X):
 
 
 # ---- a path of penalties, three ways; each returns weights and intercepts of every penalty ---------
+
 
 def our_path(z, y, Cs):
     path = linear_path(z, y, Cs)
@@ -80,9 +84,14 @@ def torch_path(z, y, Cs, tolerance):
     bias = torch.zeros(outputs, dtype=z.dtype, device=z.device, requires_grad=True)
     fits = []
     for C in sorted(Cs):
-        optimizer = torch.optim.LBFGS([weight, bias], max_iter=MOST_STEPS, history_size=20,
-                                      tolerance_grad=tolerance, tolerance_change=0,
-                                      line_search_fn="strong_wolfe")
+        optimizer = torch.optim.LBFGS(
+            [weight, bias],
+            max_iter=MOST_STEPS,
+            history_size=20,
+            tolerance_grad=tolerance,
+            tolerance_change=0,
+            line_search_fn="strong_wolfe",
+        )
 
         def closure():
             optimizer.zero_grad()
@@ -154,17 +163,22 @@ def single_records(o, bar):
     X, y = embeddings(o.train, o.dim, o.classes, seed=1)
     z = standardised(X)
     device_z, device_y = z.to(o.device), y.to(o.device)
-    ours, path = best_of(lambda: linear_path(device_z, device_y, [1.]), o.device, o.repeats)
+    ours, path = best_of(lambda: linear_path(device_z, device_y, [1.0]), o.device, o.repeats)
     bar.update()
     regression = LogisticRegression(max_iter=PEER_STEPS)
     peer, model = timed(lambda: regression.fit(z.numpy(), y.numpy()), clock=processor_time)
     bar.update()
     fit = [(torch.from_numpy(model.coef_), torch.from_numpy(model.intercept_))]
     yield in_seconds(
-        f"linear/{o.train}x{o.dim}x{o.classes}", o.device, ours, peer,
+        f"linear/{o.train}x{o.dim}x{o.classes}",
+        o.device,
+        ours,
+        peer,
         f"scikit-learn LogisticRegression(max_iter={PEER_STEPS}), cpu",
-        objective=float(path.objective[0]), peer_objective=float(objectives(fit, z, y, [1.])[0]),
-        steps=int(path.n_iter[0]))
+        objective=float(path.objective[0]),
+        peer_objective=float(objectives(fit, z, y, [1.0])[0]),
+        steps=int(path.n_iter[0]),
+    )
 
 
 def path_records(o, bar, multilabel):
@@ -181,8 +195,10 @@ def path_records(o, bar, multilabel):
     def excess(fits):
         return float((objectives(fits, z, y, PENALTIES) / minimum - 1).max())
 
-    peers = {"torch.optim.LBFGS": lambda tolerance: torch_path(device_z, device_y, PENALTIES, tolerance),
-             "scikit-learn": lambda tolerance: sklearn_path(array_z, array_y, PENALTIES, tolerance)}
+    peers = {
+        "torch.optim.LBFGS": lambda tolerance: torch_path(device_z, device_y, PENALTIES, tolerance),
+        "scikit-learn": lambda tolerance: sklearn_path(array_z, array_y, PENALTIES, tolerance),
+    }
     tolerances, distances = {}, {}
     for name, path in peers.items():
         tolerances[name], distances[name] = loosest(path, excess)
@@ -195,9 +211,15 @@ def path_records(o, bar, multilabel):
     kind = f"multi/{o.train}x{o.dim}x{o.labels}" if multilabel else f"{o.train}x{o.dim}x{o.classes}"
     for name in peers:
         yield in_seconds(
-            f"path{len(PENALTIES)}/{kind}", o.device, best["ours"], best[name],
+            f"path{len(PENALTIES)}/{kind}",
+            o.device,
+            best["ours"],
+            best[name],
             f"{name}, warm-started, tolerance {tolerances[name]:g}",
-            excess=excess(results["ours"]), peer_excess=distances[name], Cs=PENALTIES)
+            excess=excess(results["ours"]),
+            peer_excess=distances[name],
+            Cs=PENALTIES,
+        )
 
 
 def knn_records(o, bar):
@@ -212,25 +234,37 @@ def knn_records(o, bar):
     theirs, expected = best_of(lambda: peer.predict(queries.numpy()), "cpu", o.repeats)
     bar.update()
     agreement = float((found.cpu().numpy() == expected).mean())
-    yield in_seconds(f"knn/{o.train}x{o.queries}x{o.dim}", o.device, ours, theirs,
-                     "scikit-learn KNeighborsClassifier(cosine, brute), cpu", agreement=agreement)
+    yield in_seconds(
+        f"knn/{o.train}x{o.queries}x{o.dim}",
+        o.device,
+        ours,
+        theirs,
+        "scikit-learn KNeighborsClassifier(cosine, brute), cpu",
+        agreement=agreement,
+    )
 
 
 def geometry_records(o, bar):
     """Every measure of geometry on the device; on a GPU against the CPU with all of its threads."""
     X, y = embeddings(o.clips, o.dim, o.classes, seed=1)
     device_X, device_y = X.to(o.device), y.to(o.device)
-    geometry(device_X[:1000], device_y[:1000])        # the first call on a GPU is slower
+    geometry(device_X[:1000], device_y[:1000])  # the first call on a GPU is slower
     ours, found = best_of(lambda: geometry(device_X, device_y), o.device, o.repeats)
     bar.update()
     name = f"geometry/{o.clips}x{o.dim}x{o.classes}"
     if o.device == "cpu":
-        yield in_seconds(name, o.device, ours, ours, "the same on the cpu", difference=0.)
+        yield in_seconds(name, o.device, ours, ours, "the same on the cpu", difference=0.0)
         return
     theirs, expected = timed(lambda: geometry(X, y))
     difference = float((found - expected).abs().max())
-    yield in_seconds(name, o.device, ours, theirs, f"the same on the cpu, {torch.get_num_threads()} threads",
-                     difference=difference)
+    yield in_seconds(
+        name,
+        o.device,
+        ours,
+        theirs,
+        f"the same on the cpu, {torch.get_num_threads()} threads",
+        difference=difference,
+    )
 
 
 def options():
@@ -244,9 +278,11 @@ def options():
 
 
 PARTS = {
-    "linear": [(2, single_records)],                  # how many timings, and what yields the records
-    "path": [(3, functools.partial(path_records, multilabel=False)),
-             (3, functools.partial(path_records, multilabel=True))],
+    "linear": [(2, single_records)],  # how many timings, and what yields the records
+    "path": [
+        (3, functools.partial(path_records, multilabel=False)),
+        (3, functools.partial(path_records, multilabel=True)),
+    ],
     "knn": [(2, knn_records)],
     "geometry": [(1, geometry_records)],
 }

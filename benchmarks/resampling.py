@@ -1,21 +1,24 @@
-"""Our resampler (soxr) beside those of torchaudio and SciPy, on one thread: how much of a signal it keeps, how much it
-adds, and how fast it is.
+"""Our resampler (soxr) beside those of torchaudio and SciPy, on one thread: how much of a signal it keeps,
+how much it adds, and how fast it is.
 
     python benchmarks/resampling.py [--repeats 7] [--json FILE]
 
 Three figures of quality, in dB, for each pair of rates:
 
-- `snr`: a linear sweep from 50 Hz to 0.8 of the lower Nyquist frequency, against the same sweep sampled at the new rate.
-- `edge`: the same for a sweep from 0.8 to 0.95 of the lower Nyquist frequency, where the low-pass of a resampler begins.
-- `alias`: the level of what must not be there, relative to the input. Downwards, a sweep from 1.1 of the new Nyquist
-  frequency to the old one, all of which must vanish. Upwards, the images of a sweep over the whole band, above 1.1 of the
-  old Nyquist frequency.
+- `snr`: a linear sweep from 50 Hz to 0.8 of the lower Nyquist frequency, against the same sweep sampled at
+  the new rate.
+- `edge`: the same for a sweep from 0.8 to 0.95 of the lower Nyquist frequency, where the low-pass of a
+  resampler begins.
+- `alias`: the level of what must not be there, relative to the input. Downwards, a sweep from 1.1 of the new
+  Nyquist frequency to the old one, all of which must vanish. Upwards, the images of a sweep over the whole
+  band, above 1.1 of the old Nyquist frequency.
 
-Speed is clips per second, for clips of 1 and 5 seconds, one at a time and in the chunks of eight in which the waveform
-cache loads them. What counts is the processor time of the thread, which other work on the machine hardly touches; the
-repeats of all resamplers take turns and the best of each counts. `ratio` is our speed over that of the peer: above 1,
-ours is faster.
+Speed is clips per second, for clips of 1 and 5 seconds, one at a time and in the chunks of eight in which the
+waveform cache loads them. What counts is the processor time of the thread, which other work on the machine
+hardly touches; the repeats of all resamplers take turns and the best of each counts. `ratio` is our speed
+over that of the peer: above 1, ours is faster.
 """
+
 import math
 import os
 import time
@@ -30,13 +33,20 @@ from scipy.signal import resample_poly
 from act.audio import resample
 
 PAIRS = [
-    (44100, 16000), (16000, 44100), (48000, 16000), (22050, 16000), (8000, 16000),
-    (16000, 8000), (11025, 16000), (12345, 16000), (44099, 16000),
+    (44100, 16000),
+    (16000, 44100),
+    (48000, 16000),
+    (22050, 16000),
+    (8000, 16000),
+    (16000, 8000),
+    (11025, 16000),
+    (12345, 16000),
+    (44099, 16000),
 ]
 SECONDS = 1, 5
 CHUNKS = 1, 8
-EDGE = .25      # seconds at both ends that quality leaves out: filters see silence beyond them
-LARGEST = 2 ** 26   # entries of torchaudio's kernel, at most; for 44 099 to 16 000 Hz it would fill 2.8 GB
+EDGE = 0.25  # seconds at both ends that quality leaves out: filters see silence beyond them
+LARGEST = 2**26  # entries of torchaudio's kernel, at most; for 44 099 to 16 000 Hz it would fill 2.8 GB
 
 
 def ours(x, source, target):
@@ -70,11 +80,11 @@ def resamplers_of(source, target):
     return resamplers
 
 
-def sweep(low, high, rate, seconds=4.):
+def sweep(low, high, rate, seconds=4.0):
     """A linear sweep, sampled at `rate`, float64 (T,)."""
     t = np.arange(round(seconds * rate)) / rate
-    phase = low * t + (high - low) * t ** 2 / (2 * seconds)
-    return .5 * np.sin(2 * np.pi * phase)
+    phase = low * t + (high - low) * t**2 / (2 * seconds)
+    return 0.5 * np.sin(2 * np.pi * phase)
 
 
 def middle(x, rate):
@@ -95,7 +105,7 @@ def resampled(work, x, source, target):
 def kept(work, source, target, low, high):
     """Signal to noise in dB of a sweep between two fractions of the lower Nyquist frequency."""
     nyquist = min(source, target) / 2
-    band = max(50., low * nyquist), high * nyquist
+    band = max(50.0, low * nyquist), high * nyquist
     result = resampled(work, sweep(*band, source), source, target)
     wanted = middle(sweep(*band, target), target)
     n = min(len(result), len(wanted))
@@ -108,7 +118,7 @@ def added(work, source, target):
     if target < source:
         x = sweep(1.1 * nyquist, source / 2, source)
         return level(resampled(work, x, source, target)) - level(x)
-    x = sweep(50., .99 * nyquist, source)
+    x = sweep(50.0, 0.99 * nyquist, source)
     y = resampled(work, x, source, target)
     spectrum = np.fft.rfft(y * np.hanning(len(y)))
     power = np.abs(spectrum) ** 2
@@ -118,8 +128,8 @@ def added(work, source, target):
 
 def quality_of(work, source, target):
     return dict(
-        snr=kept(work, source, target, 0., .8),
-        edge=kept(work, source, target, .8, .95),
+        snr=kept(work, source, target, 0.0, 0.8),
+        edge=kept(work, source, target, 0.8, 0.95),
         alias=added(work, source, target),
     )
 
@@ -131,7 +141,7 @@ def thread_time(device):
 
 def speed_of(resamplers, source, target, seconds, chunk, repeats):
     """Clips per second of each resampler."""
-    noise = np.random.default_rng(0).uniform(-.5, .5, (chunk, seconds * source))
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, (chunk, seconds * source))
     x = noise.astype(np.float32)
     calls = max(1, 24 // (seconds * chunk))
 
@@ -167,7 +177,9 @@ def records_of(source, target, repeats):
 
 def print_pair(source, target, records):
     """Quality of every resampler, and how many times as fast ours is."""
-    print(f"\n{source} -> {target} Hz{'':14}snr   edge  alias (dB){'':4}ours / peer at 1s x 1, 1s x 8, 5s x 1, 5s x 8")
+    print(
+        f"\n{source} -> {target} Hz{'':14}snr   edge  alias (dB){'':4}ours / peer at 1s x 1, 1s x 8, 5s x 1, 5s x 8"
+    )
     ours_quality = records[0]["our_quality"]
     print(f"{'ours':20}" + "".join(f"{ours_quality[k]:7.1f}" for k in ("snr", "edge", "alias")))
     for name in PEERS:
@@ -193,4 +205,5 @@ def main():
             write_records(a.json, records)
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

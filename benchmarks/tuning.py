@@ -1,23 +1,25 @@
-"""What a tuning step costs: against the revision before, against other trainers, and against the device itself.
+"""What a tuning step costs: against the revision before, against other trainers, and against the device
+itself.
 
     python benchmarks/tuning.py --json FILE                            # all that is possible here
     python benchmarks/tuning.py --only old --old FOLDER [--backbone whisper-tiny.en]
     python benchmarks/tuning.py --only trainer mfu prepare --device cuda
 
 * `old`: `step/TASK/BACKBONE/auto` is clips through the encoder per second of contrastive tuning with
-  `precision="auto"`, against the default precision of a checkout of an earlier revision in the folder `--old`.
-  Both run in processes of their own, in turns.
+  `precision="auto"`, against the default precision of a checkout of an earlier revision in the folder
+  `--old`. Both run in processes of their own, in turns.
 * `trainer`: `step/wav2vec2-base/auto` is clips per second of vanilla fine-tuning on clips of 1 s, against
   `transformers.Trainer` with the same network (random weights), batch, optimiser and precision.
 * `audiosetfit`: `step/TASK/BACKBONE` is training clips per second of an epoch, and `rows/TASK/BACKBONE` clips
   through the encoder per second. audiosetfit pairs every clip with others (`num_iterations`, 20 where SetFit
   pairs explicitly), so its epoch embeds each clip many times; ours embeds two views.
-* `mfu` (CUDA): `mfu/wav2vec2-base/contrastive/256x1s` and `64x10s` are floating-point operations per second of
-  whole contrastive steps (one view of each clip, augmented, mixed bfloat16), against the measured rate of a
-  bf16 product of 8192 x 8192 matrices. `memory/...` is the peak memory of these steps.
-* `prepare`: `prepare/wav2vec2-base/...` is the seconds in which a CPU prepares such a batch, against a fifth of
-  the seconds that an H100 would need for the step at 40 % of its dense bf16 rate.
+* `mfu` (CUDA): `mfu/wav2vec2-base/contrastive/256x1s` and `64x10s` are floating-point operations per second
+  of whole contrastive steps (one view of each clip, augmented, mixed bfloat16), against the measured rate of
+  a bf16 product of 8192 x 8192 matrices. `memory/...` is the peak memory of these steps.
+* `prepare`: `prepare/wav2vec2-base/...` is the seconds in which a CPU prepares such a batch, against a fifth
+  of the seconds that an H100 would need for the step at 40 % of its dense bf16 rate.
 """
+
 import argparse
 import importlib.util
 import statistics
@@ -47,15 +49,16 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 AUDIOSETFIT = "audiosetfit 0.1.0"
-LONG_AND_SHORT = ((256, 1), (64, 10))       # clips, and their seconds
-H100_BF16 = 989e12                          # dense operations per second, NVIDIA H100 SXM data sheet
-WARM_STEPS = 2                              # not timed
+LONG_AND_SHORT = ((256, 1), (64, 10))  # clips, and their seconds
+H100_BF16 = 989e12  # dense operations per second, NVIDIA H100 SXM data sheet
+WARM_STEPS = 2  # not timed
 
 
 def load(name):
     """An encoder; with random weights if its own cannot be had."""
     from act.backbones import load_backbone
     from act.core import ActError
+
     try:
         return load_backbone(name)
     except ActError:
@@ -65,12 +68,14 @@ def load(name):
 def untrained(name):
     """An encoder with random weights: nothing is fetched."""
     from act.backbones import load_backbone
+
     return load_backbone(name, pretrained=False)
 
 
 def training_subset(task, clips):
     """At most so many training clips of a task, evenly from all of them."""
     from act.tasks import load_task
+
     whole = load_task(task)
     train = whole.indices("train")
     return whole.subset(train[:: max(1, len(train) // clips)][:clips])
@@ -79,8 +84,11 @@ def training_subset(task, clips):
 def noise_task(clips, seconds, sample_rate, classes=8):
     """So many training clips of noise, all of one length, and one clip each to validate and to test."""
     from act.tasks import Task
+
     generator = torch.Generator().manual_seed(0)
-    waveforms = [.1 * torch.randn(seconds * sample_rate, generator=generator).numpy() for _ in range(clips + 2)]
+    waveforms = [
+        0.1 * torch.randn(seconds * sample_rate, generator=generator).numpy() for _ in range(clips + 2)
+    ]
     labels = [f"class {i % classes}" for i in range(clips + 2)]
     return Task.from_arrays(waveforms, labels, sample_rate, split=["train"] * clips + ["valid", "test"])
 
@@ -93,16 +101,18 @@ def logged_rate(log):
 
 # ---------------------------------------------------------------- the revision before
 
+
 def measured_here(settings):
     """Rows per second of contrastive tuning by the `act` that this process imports."""
     from act.tuning import TuneConfig, tune
+
     options = argparse.Namespace(**settings)
     torch.set_num_threads(options.threads)
     task = training_subset(options.task, options.clips)
     size = dict(passes=options.passes, batch=options.batch)
     try:
         config = TuneConfig(precision="auto", **size)
-    except ValueError:                      # a revision that does not know it yet
+    except ValueError:  # a revision that does not know it yet
         config = TuneConfig(**size)
     backbone = load(options.backbone)
     return logged_rate(tune(backbone, task, config, progress=False, inplace=True).log)
@@ -123,8 +133,10 @@ def against_old(options):
 
 # ---------------------------------------------------------------- transformers.Trainer
 
+
 class Classified(nn.Module):
     """An encoder with a classifier, as `transformers.Trainer` takes it."""
+
     def __init__(self, backbone, head):
         super().__init__()
         self.backbone = backbone
@@ -157,10 +169,18 @@ def clips_by_trainer(task, options, precision):
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            folder, per_device_train_batch_size=options.rows, num_train_epochs=options.passes,
-            bf16=precision == "bf16-mixed", use_cpu=options.device == "cpu", learning_rate=3e-5,
-            report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
-            remove_unused_columns=False)
+            folder,
+            per_device_train_batch_size=options.rows,
+            num_train_epochs=options.passes,
+            bf16=precision == "bf16-mixed",
+            use_cpu=options.device == "cpu",
+            learning_rate=3e-5,
+            report_to=[],
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+        )
         model = Classified(backbone, classifier_head(backbone.dim, task.n_classes))
         trainer = Trainer(model, arguments, train_dataset=rows, data_collator=batch_of, callbacks=[Clock()])
         trainer.train()
@@ -171,22 +191,28 @@ def clips_by_trainer(task, options, precision):
 def against_trainer(options):
     """Vanilla fine-tuning of wav2vec2-base, in turns."""
     from act.tuning import TuneConfig, tune
+
     backbone = untrained("wav2vec2-base")
     task = noise_task(options.rows * 4, 1, backbone.sample_rate)
-    config = TuneConfig(method="vanilla", precision="auto", passes=options.passes, batch=options.rows, lr=3e-5,
-                        augment=None)
+    config = TuneConfig(
+        method="vanilla", precision="auto", passes=options.passes, batch=options.rows, lr=3e-5, augment=None
+    )
     precision = config.for_backbone(backbone).precision
-    works = dict(ours=lambda: logged_rate(tune(backbone, task, config, progress=False).log),
-                 theirs=lambda: clips_by_trainer(task, options, precision))
+    works = dict(
+        ours=lambda: logged_rate(tune(backbone, task, config, progress=False).log),
+        theirs=lambda: clips_by_trainer(task, options, precision),
+    )
     medians = map(statistics.median, in_turns(works, options.repeats).values())
     yield record("step/wav2vec2-base/auto", device_name(options.device), *medians, "transformers.Trainer")
 
 
 # ---------------------------------------------------------------- audiosetfit
 
+
 def our_epoch(task, options, epochs):
     """Seconds of one of our epochs, a mean over some, and rows through the encoder."""
     from act.tuning import TuneConfig, tune
+
     config = TuneConfig(passes=2 * epochs, batch=options.batch, augment=None, views=2)
 
     def epochs_of_ours():
@@ -225,12 +251,14 @@ def audiosetfit_body(options):
 def audiosetfit_epoch(task, options):
     """Seconds of one of audiosetfit's epochs, and rows through the encoder."""
     from audiosetfit import AudioSetFitModel, Trainer, TrainingArguments
+
     rows = task.indices("train")
     waves = task.waveforms(load(options.backbone).sample_rate)
     clips = [waves[int(i)].numpy() for i in rows]
     model = AudioSetFitModel(audiosetfit_body(options), None)
     arguments = TrainingArguments(
-        embedding_batch_size=options.batch // 2, num_iterations=options.iterations, show_progress_bar=False)
+        embedding_batch_size=options.batch // 2, num_iterations=options.iterations, show_progress_bar=False
+    )
     trainer = Trainer(model, arguments)
     labels = task.labels[rows].tolist()
     seconds, _ = timed(lambda: trainer.train_embeddings(clips, labels, arguments), options.device)
@@ -240,7 +268,7 @@ def audiosetfit_epoch(task, options):
 def against_audiosetfit(options):
     """Epochs of contrastive tuning on the same clips."""
     task = training_subset(options.task, options.clips)
-    our_epoch(task, options, 1)                                        # warm up
+    our_epoch(task, options, 1)  # warm up
     seconds, rows = our_epoch(task, options, options.iterations)
     their_seconds, their_rows = audiosetfit_epoch(task, options)
     name = f"{options.task}/{options.backbone}"
@@ -251,14 +279,22 @@ def against_audiosetfit(options):
 
 # ---------------------------------------------------------------- the device
 
+
 def contrastive_loop(clips, seconds, options, precision):
     """A run whose every step takes all clips of a task, one view of each, in one piece."""
     from act.embeddings import default_fabric
     from act.tuning import TuneConfig, _Loop
+
     backbone = untrained("wav2vec2-base")
     task = noise_task(clips, seconds, backbone.sample_rate)
-    config = TuneConfig(views=1, batch=clips, passes=3 + options.timed_steps, lr=3e-5, precision=precision,
-                        max_samples=2 * clips * seconds * backbone.sample_rate)
+    config = TuneConfig(
+        views=1,
+        batch=clips,
+        passes=3 + options.timed_steps,
+        lr=3e-5,
+        precision=precision,
+        max_samples=2 * clips * seconds * backbone.sample_rate,
+    )
     fabric = default_fabric(precision)
     loop = _Loop(backbone, task, config.for_backbone(backbone, fabric.device), fabric, None)
     loop.model.train()
@@ -267,6 +303,7 @@ def contrastive_loop(clips, seconds, options, precision):
 
 def seconds_per_step(loop, steps):
     """A mean over steps that follow each other without waiting for the GPU."""
+
     def advance():
         for _ in range(steps):
             loop.advance()
@@ -305,16 +342,28 @@ def preparation(options):
         operations = counter.get_total_flops() * clips / 2
         loop = contrastive_loop(clips, seconds, options, "32-true")
         prepared = seconds_per_call(lambda: loop._prepare(0), "cpu", 3 + options.repeats, warm_up=0)
-        h100 = operations / (.4 * H100_BF16)
+        h100 = operations / (0.4 * H100_BF16)
         device = device_name(options.device)
-        yield record(f"prepare/wav2vec2-base/{clips}x{seconds}s", device, prepared, h100 / 5,
-                     "a fifth of an H100's step at 40 %", "s", higher_is_better=False)
+        yield record(
+            f"prepare/wav2vec2-base/{clips}x{seconds}s",
+            device,
+            prepared,
+            h100 / 5,
+            "a fifth of an H100's step at 40 %",
+            "s",
+            higher_is_better=False,
+        )
 
 
 # ---------------------------------------------------------------- all of them
 
-PARTS = dict(old=against_old, trainer=against_trainer, audiosetfit=against_audiosetfit, mfu=of_matrix_rate,
-             prepare=preparation)
+PARTS = dict(
+    old=against_old,
+    trainer=against_trainer,
+    audiosetfit=against_audiosetfit,
+    mfu=of_matrix_rate,
+    prepare=preparation,
+)
 
 
 def why_not(part, options):
@@ -339,7 +388,9 @@ def parsed_options():
     parser.add_argument("--batch", type=int, default=128, help="rows of a step on the task")
     parser.add_argument("--rows", type=int, default=8, help="clips of a step of wav2vec2-base")
     parser.add_argument("--passes", type=int, default=8, help="clip passes of a run that is timed")
-    parser.add_argument("--iterations", type=int, default=20, help="audiosetfit's num_iterations, and our epochs")
+    parser.add_argument(
+        "--iterations", type=int, default=20, help="audiosetfit's num_iterations, and our epochs"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--timed-steps", type=int, default=10)
     parser.add_argument("--old", type=checkout, help="a checkout of an earlier revision")

@@ -1,4 +1,8 @@
-"""Build the site into docs/_build/html: `python docs/build.py`. Notebooks are shown with the outputs they carry; none is executed."""
+"""Build the site into docs/_build/html: `python docs/build.py`.
+
+Notebooks are shown with the outputs that they carry; none is executed.
+"""
+
 import argparse
 import sys
 from pathlib import Path
@@ -14,7 +18,9 @@ def build(html, jobs="auto"):
     """Write the pages and run Sphinx, every warning an error; returns Sphinx's exit status."""
     pages = html.parent / "pages"
     write_pages(pages)
-    return build_main(["-b", "html", "-c", str(DOCS), "-d", str(html.parent / "doctrees"), "-W", "--keep-going", "-q", "-j", str(jobs), str(pages), str(html)])
+    options = ["-b", "html", "-c", str(DOCS), "-d", str(html.parent / "doctrees")]
+    options += ["-W", "--keep-going", "-q", "-j", str(jobs)]
+    return build_main([*options, str(pages), str(html)])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""The page of what was measured on a GPU, from results/gpu; nothing is typed, and what has no file is "not measured"."""
+"""The page of what was measured on a GPU, from results/gpu; a step without a file is "not measured"."""
+
 import sys
 from pathlib import Path
 
@@ -9,26 +10,30 @@ from gpu import all_steps, read_json  # noqa: E402
 
 GPU_RESULTS = REPO / "results" / "gpu"
 NOT_MEASURED = "not measured"
-MATRIX = "matrix product"       # the peer of records whose ratio is the share of its measured rate
+MATRIX = "matrix product"  # the peer of records whose ratio is the share of its measured rate
 
 INTRODUCTION = """# Measured on a GPU
 
-`make gpu` measures everything that there is to measure on a GPU, step by step, into `results/gpu`; it can be killed and
-started again. This page is made from those files when the site is built. A step without a file was not measured.
+`make gpu` measures everything that there is to measure on a GPU, step by step, into `results/gpu`; it can be
+killed and started again. This page is made from those files when the site is built. A step without a file was
+not measured.
 """
 
 SAME_AGAIN = """## What is the same again
 
-Bit-identical results are promised on the CPU: same code, versions, seed and precision give the same bytes. **On a GPU they
-are not promised**, because sums there are added in an order that may differ from run to run, and between cards and versions.
+Bit-identical results are promised on the CPU: same code, versions, seed and precision give the same
+bytes. **On a GPU they are not promised**, because sums there are added in an order that may differ from
+run to run, and between cards and versions.
 
-With the same seed a GPU gets the same plan, the same batches in the same order and the same choice and amount of every
-augmentation as the CPU, because all of these are drawn on the CPU; only the noise that is mixed in is drawn on the device.
-Device and precision belong to the identity of every record, so results of a GPU and of a CPU are never mixed up.
+With the same seed a GPU gets the same plan, the same batches in the same order and the same choice and
+amount of every augmentation as the CPU, because all of these are drawn on the CPU; only the noise that is
+mixed in is drawn on the device. Device and precision belong to the identity of every record, so results
+of a GPU and of a CPU are never mixed up.
 """
 
 
 # --- tables -------------------------------------------------------------------------------------------------
+
 
 def table(head, rows):
     """A Markdown table."""
@@ -56,6 +61,7 @@ def percent(share):
 
 
 # --- parts of the page --------------------------------------------------------------------------------------
+
 
 def machine_rows(machine):
     """What a machine is, row by row."""
@@ -88,7 +94,8 @@ def step_row(step, outcome):
     if outcome["reason"]:
         status += f": {outcome['reason'][:120]}"
     seconds = f"{outcome['seconds']:.0f} s"
-    return [step.name, step.what, status, seconds, gibibytes(outcome["peak_memory_mib"]), percent(outcome["busy"])]
+    memory = gibibytes(outcome["peak_memory_mib"])
+    return [step.name, step.what, status, seconds, memory, percent(outcome["busy"])]
 
 
 def steps_part(outcomes):
@@ -126,6 +133,7 @@ def step_outcomes(folder):
 
 # --- runs of profiles ---------------------------------------------------------------------------------------
 
+
 def scores_of(record):
     """Test scores of the linear probe, the k-NN probe and the classifier's own head, in percent."""
     metric = record["metric"]
@@ -159,8 +167,11 @@ def runs_part(folder):
     if not records:
         return ""
     head = ["task", "encoder", "method", "settings", "seed", "linear", "k-NN", "own head", "s"]
-    about = (f"{len(records)} runs of the profile are finished. Each is one trial with one seed: no choice was made among "
-             "them yet, and there is no interval. Scores are those on test clips in percent, accuracy or mAP.")
+    about = (
+        f"{len(records)} runs of the profile are finished. Each is one trial with one seed: no choice was "
+        "made among them yet, and there is no interval. Scores are those on test clips in percent, accuracy or "
+        "mAP."
+    )
     return f"## Runs of the profile {folder.name}\n\n{about}\n\n{table(head, map(run_row, records))}\n"
 
 

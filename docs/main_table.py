@@ -1,17 +1,33 @@
 """The main table of the README and the home page, from the committed Tables 2 and 3: no number is typed."""
+
 import pandas as pd
 
 from act.analysis import side_of_zero
 from act.report import number_text
 
 SINGLE, MULTI = "table_2_single_label", "table_3_multi_label"
-FINE_TUNED = {SINGLE: "vanilla", MULTI: "bce"}              # the paper's baseline in each table
-CONTRASTIVE = {SINGLE: "contrastive", MULTI: "jaccard"}     # what the paper proposes
-HEAD = ["task", "classes", "encoder", "frozen linear", "frozen k-NN",
-        "fine-tuned own head", "fine-tuned linear", "fine-tuned k-NN", "contrastive linear", "contrastive k-NN"]
+FINE_TUNED = {SINGLE: "vanilla", MULTI: "bce"}  # the paper's baseline in each table
+CONTRASTIVE = {SINGLE: "contrastive", MULTI: "jaccard"}  # what the paper proposes
+HEAD = [
+    "task",
+    "classes",
+    "encoder",
+    "frozen linear",
+    "frozen k-NN",
+    "fine-tuned own head",
+    "fine-tuned linear",
+    "fine-tuned k-NN",
+    "contrastive linear",
+    "contrastive k-NN",
+]
 LINEAR = ["frozen linear", "fine-tuned own head", "fine-tuned linear", "contrastive linear"]
 NEIGHBOURS = ["frozen k-NN", "fine-tuned k-NN", "contrastive k-NN"]
 PROBES = dict(linear="Linear probe", knn="k-NN probe")
+SIDES = dict(
+    above="contrastive tuning is ahead on",
+    below="fine-tuning is ahead on",
+    around="no difference is detected on",
+)
 
 
 def _score(long, method, probe):
@@ -73,15 +89,15 @@ def _tuned_rows(long, table):
 
 def _where(rows):
     """Tasks with the difference in points, as a list in words."""
-    return ", ".join(f"{row.task} ({number_text(100 * row.difference, sign=True)})" for row in rows.itertuples())
+    named = [f"{row.task} ({number_text(100 * row.difference, sign=True)})" for row in rows.itertuples()]
+    return ", ".join(named)
 
 
 def _sentence(probe, rows):
     """On which tasks contrastive tuning lies above or below fine-tuning, and on which neither can be told."""
     parts = []
     sides = pd.Series([side_of_zero(row.low, row.high) for row in rows.itertuples()], index=rows.index)
-    for side, words in dict(above="contrastive tuning is ahead on", below="fine-tuning is ahead on",
-                            around="no difference is detected on").items():
+    for side, words in SIDES.items():
         named = rows[sides == side]
         if len(named):
             parts.append(f"{words} {_where(named)}")
@@ -124,6 +140,9 @@ def main_table(folder):
     lines = [HEAD, [":--", "--:", ":--"] + ["--:"] * 7, *rows]
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     differences = pd.concat(paired)
-    sentences = [_sentence(probe, differences[differences.probe == probe]) for probe in PROBES
-                 if (differences.probe == probe).any()]
+    sentences = [
+        _sentence(probe, differences[differences.probe == probe])
+        for probe in PROBES
+        if (differences.probe == probe).any()
+    ]
     return f"{text}\n\n" + " ".join(sentences)

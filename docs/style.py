@@ -1,14 +1,15 @@
-"""How the code of act reads: `python docs/style.py` prints, for each module, the lengths of its functions and lines and how dense they are.
+"""Print how long the functions and lines of each module are, and how dense: `python docs/style.py`.
 
-Density is the number of AST nodes per line of a function's body, its docstring left out; the table shows the median over functions.
-Nothing enforces these figures; they are there to be looked at.
+Density is the number of AST nodes per line of a function's body, its docstring left out; the table shows the
+median over functions. Nothing enforces these figures; they are there to be looked at.
 """
+
 import ast
 import statistics
 from pathlib import Path
 
 ACT = Path(__file__).parents[1] / "act"
-LONGEST = 110       # characters in a line
+LONGEST = 110  # characters in a line
 
 
 def functions(tree):
@@ -26,7 +27,8 @@ def body_of(function):
 def measured(function):
     """Lines of a function's body, and AST nodes per line."""
     body = body_of(function)
-    if not body: return None
+    if not body:
+        return None
     lines = body[-1].end_lineno - body[0].lineno + 1
     nodes = sum(1 for statement in body for _ in ast.walk(statement))
     return lines, nodes / lines
@@ -42,16 +44,21 @@ def row(path):
 
 def printed(name, lines, lengths, densities):
     long = sum(len(line) > LONGEST for line in lines)
-    if not lengths: return f"{name:12} {len(lines):6} {0:9}"
-    tenth = sorted(lengths)[int(.9 * (len(lengths) - 1))]
+    if not lengths:
+        return f"{name:12} {len(lines):6} {0:9}"
+    tenth = sorted(lengths)[int(0.9 * (len(lengths) - 1))]
     spread = f"{statistics.median(lengths):6.0f} {tenth:4} {max(lengths):4}"
-    return f"{name:12} {len(lines):6} {len(lengths):9} {spread} {statistics.median(densities):8.1f} {100 * long / len(lines):6.1f} %"
+    density = f"{statistics.median(densities):8.1f} {100 * long / len(lines):6.1f} %"
+    return f"{name:12} {len(lines):6} {len(lengths):9} {spread} {density}"
 
 
 def main():
     rows = [row(path) for path in sorted(ACT.glob("*.py")) if path.stem != "_modidx"]
-    print(f"{'module':12} {'lines':>6} {'functions':>9} {'median':>6} {'p90':>4} {'max':>4} {'density':>8} {f'> {LONGEST}':>8}")
-    for each in rows: print(printed(*each))
+    longer = f"> {LONGEST}"
+    sizes = f"{'median':>6} {'p90':>4} {'max':>4}"
+    print(f"{'module':12} {'lines':>6} {'functions':>9} {sizes} {'density':>8} {longer:>8}")
+    for each in rows:
+        print(printed(*each))
     together = [sum((each[i] for each in rows), []) for i in (1, 2, 3)]
     print(printed("all", *together))
 

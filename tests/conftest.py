@@ -1,4 +1,5 @@
 """Fixtures shared by the tests: where real data is, and a cache that outlives one run."""
+
 import os
 from pathlib import Path
 
@@ -8,32 +9,39 @@ REPO = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")
-def repo(): return REPO
+def repo():
+    return REPO
 
 
 @pytest.fixture(scope="session")
 def peak_memory():
-    """Source, for a process of its own, of `peak()`: the most bytes it has held. ru_maxrss would be that of the process that started it, where that had more."""
-    return '''
+    """Source, for a process of its own, of `peak()`: the most bytes it has held. ru_maxrss would be that of
+    the process that started it, where that had more."""
+    return """
 import os, resource
 def peak():
     if not os.path.exists("/proc/self/status"): return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
-'''
+"""
 
 
 @pytest.fixture(scope="session")
 def mirror():
     """The folder of real archives, or a skip that says how to get one."""
     folder = os.environ.get("ACT_MIRROR")
-    if not folder: pytest.skip("real audio not tested: set ACT_MIRROR to a folder holding the archives of data_manifest.yaml")
-    if not Path(folder).is_dir(): pytest.fail(f"ACT_MIRROR={folder} is not a folder")
+    if not folder:
+        pytest.skip(
+            "real audio not tested: set ACT_MIRROR to a folder holding the archives of data_manifest.yaml"
+        )
+    if not Path(folder).is_dir():
+        pytest.fail(f"ACT_MIRROR={folder} is not a folder")
     return Path(folder).resolve()
 
 
 @pytest.fixture(scope="module")
 def real_cache(mirror, tmp_path_factory):
-    """A cache for the mirror's archives, one for all test files; its environment ends with the file that asked for it."""
+    """A cache for the mirror's archives, one for all test files; its environment ends with the file that
+    asked for it."""
     folder = tmp_path_factory.getbasetemp() / "real-cache"
     with pytest.MonkeyPatch.context() as m:
         m.setenv("ACT_CACHE", str(folder))
@@ -45,6 +53,7 @@ def real_cache(mirror, tmp_path_factory):
 def registered():
     """The registries, which are after the test as they were before it."""
     from act.core import REGISTRIES
+
     before = {kind: dict(registry.load_installed()) for kind, registry in REGISTRIES.items()}
     yield
     for kind, parts in before.items():
@@ -53,7 +62,11 @@ def registered():
         REGISTRIES[kind].revision += 1
 
 
-LONGEST = ("test_notebooks", "test_docs", "test_reproduce")      # files that begin first, so that all processes end together
+LONGEST = (
+    "test_notebooks",
+    "test_docs",
+    "test_reproduce",
+)  # files that begin first, so that all processes end together
 
 
 def pytest_collection_modifyitems(items):
@@ -63,6 +76,9 @@ def pytest_collection_modifyitems(items):
 
 def pytest_runtest_setup(item):
     """Tests marked cuda are skipped where there is no CUDA device, in one line of the summary."""
-    if item.get_closest_marker("cuda") is None: return
+    if item.get_closest_marker("cuda") is None:
+        return
     import torch
-    if not torch.cuda.is_available(): pytest.skip("no CUDA device")
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")

@@ -1,4 +1,6 @@
-"""Processes that begin with torch and act imported, which saves them half of their time: forks of one that has done nothing else."""
+"""Processes that begin with torch and act imported, which saves them half of their time: forks of one that
+has done nothing else."""
+
 import multiprocessing
 import os
 import subprocess
@@ -7,17 +9,37 @@ import tempfile
 import traceback
 from pathlib import Path
 
-IMPORTED = ["torch", "torchaudio", "lightning_fabric", "sklearn.linear_model", "sklearn.metrics", "scipy.stats", "pandas",
-            "matplotlib.pyplot", "IPython", "nbdev.test", "joblib", "typer", "act.cli", "act.study", "act.geometry"]
+IMPORTED = [
+    "torch",
+    "torchaudio",
+    "lightning_fabric",
+    "sklearn.linear_model",
+    "sklearn.metrics",
+    "scipy.stats",
+    "pandas",
+    "matplotlib.pyplot",
+    "IPython",
+    "nbdev.test",
+    "joblib",
+    "typer",
+    "act.cli",
+    "act.study",
+    "act.geometry",
+]
 
 
 def _in_fork(function, *arguments, env=None, cwd=None):
-    """The exit status of a function in a process of its own, and what it printed, as of a finished process."""
-    context = multiprocessing.get_context("forkserver")        # this process may have threads of torch, which a fork does not survive
+    """The exit status of a function in a process of its own, and what it printed, as of a finished
+    process."""
+    context = multiprocessing.get_context(
+        "forkserver"
+    )  # this process may have threads of torch, which a fork does not survive
     context.set_forkserver_preload(IMPORTED)
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / name for name in ("stdout", "stderr")]
-        process = context.Process(target=_run, args=(function, arguments, {**os.environ, **(env or {})}, cwd or os.getcwd(), files))
+        process = context.Process(
+            target=_run, args=(function, arguments, {**os.environ, **(env or {})}, cwd or os.getcwd(), files)
+        )
         process.start()
         process.join()
         printed = [file.read_text() for file in files]
@@ -33,7 +55,7 @@ def _run(function, arguments, environment, cwd, files):
     status = _status(function, arguments)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)                    # at once: threads that are left do not hold the process back
+    os._exit(status)  # at once: threads that are left do not hold the process back
 
 
 def _status(function, arguments):
@@ -48,6 +70,7 @@ def _status(function, arguments):
 
 def _act(*words):
     from act.cli import main
+
     sys.argv = ["act", *words]
     main()
 
@@ -69,6 +92,7 @@ def run_code(code, *arguments, env=None, cwd=None):
 
 def _page(path, flags):
     from nbdev.test import test_nb
+
     passed, _ = test_nb(path, skip_flags=flags)
     return not passed
 

@@ -1,4 +1,5 @@
 """Decoding many formats, refusing broken files, and a waveform cache that is always right."""
+
 import io
 import json
 import math
@@ -25,67 +26,81 @@ from act.audio import audio_info, check_audio, collate, decodable, read_audio, r
 from act.core import file_digest
 
 
-def tone(sample_rate=16000, seconds=.5, channels=1, hz=440.):
-    x = .5 * np.sin(2 * np.pi * hz * np.arange(int(sample_rate * seconds)) / sample_rate)
+def tone(sample_rate=16000, seconds=0.5, channels=1, hz=440.0):
+    x = 0.5 * np.sin(2 * np.pi * hz * np.arange(int(sample_rate * seconds)) / sample_rate)
     return np.stack([x] * channels, 1)
 
 
 # Formats, rates, channels
 
-@pytest.mark.parametrize("suffix, subtype, tolerance", [
-    ("wav", "PCM_16", 1e-4),
-    ("wav", "PCM_U8", 1e-2),
-    ("wav", "PCM_24", 1e-6),
-    ("wav", "FLOAT", 1e-6),
-    ("wav", "DOUBLE", 1e-6),
-    ("wav", "ULAW", 2e-2),
-    ("flac", "PCM_16", 1e-4),
-    ("ogg", "VORBIS", 5e-2),
-    ("opus", "OPUS", 5e-2),
-    ("mp3", "MPEG_LAYER_III", 5e-2),
-    ("aiff", "PCM_16", 1e-4),
-    ("au", "PCM_16", 1e-4),
-])
+
+@pytest.mark.parametrize(
+    "suffix, subtype, tolerance",
+    [
+        ("wav", "PCM_16", 1e-4),
+        ("wav", "PCM_U8", 1e-2),
+        ("wav", "PCM_24", 1e-6),
+        ("wav", "FLOAT", 1e-6),
+        ("wav", "DOUBLE", 1e-6),
+        ("wav", "ULAW", 2e-2),
+        ("flac", "PCM_16", 1e-4),
+        ("ogg", "VORBIS", 5e-2),
+        ("opus", "OPUS", 5e-2),
+        ("mp3", "MPEG_LAYER_III", 5e-2),
+        ("aiff", "PCM_16", 1e-4),
+        ("au", "PCM_16", 1e-4),
+    ],
+)
 @pytest.mark.parametrize("channels", [1, 2])
 def test_every_format(tmp_path, suffix, subtype, tolerance, channels):
-    path, sample_rate = tmp_path/f"x.{suffix}", 48000
+    path, sample_rate = tmp_path / f"x.{suffix}", 48000
     container = "OGG" if suffix == "opus" else None
-    sf.write(path, tone(sample_rate, 1., channels), sample_rate, subtype=subtype, format=container)
+    sf.write(path, tone(sample_rate, 1.0, channels), sample_rate, subtype=subtype, format=container)
     x = read_audio(path)
     assert x.dtype == torch.float32 and x.ndim == 1 and abs(len(x) - sample_rate) < 3000
     middle = x[8000:40000].numpy()
-    if suffix in ("mp3", "opus"):                       # these encoders delay
-        assert abs(float(middle.std()) - .5 / math.sqrt(2)) < tolerance
+    if suffix in ("mp3", "opus"):  # these encoders delay
+        assert abs(float(middle.std()) - 0.5 / math.sqrt(2)) < tolerance
     else:
-        np.testing.assert_allclose(middle, tone(sample_rate, 1.)[8000:40000, 0], atol=tolerance)
+        np.testing.assert_allclose(middle, tone(sample_rate, 1.0)[8000:40000, 0], atol=tolerance)
 
 
 def test_many_channels_are_averaged(tmp_path):
     x = np.random.default_rng(0).uniform(-1, 1, (1000, 7))
-    sf.write(tmp_path/"x.wav", x, 8000, subtype="DOUBLE")
-    np.testing.assert_allclose(read_audio(tmp_path/"x.wav"), x.mean(1), atol=1e-6)
+    sf.write(tmp_path / "x.wav", x, 8000, subtype="DOUBLE")
+    np.testing.assert_allclose(read_audio(tmp_path / "x.wav"), x.mean(1), atol=1e-6)
 
 
 def test_a_stretch_is_what_the_whole_holds_there(tmp_path):
-    sf.write(tmp_path/"x.flac", np.random.default_rng(0).uniform(-1, 1, 8000), 8000)
-    whole = read_audio(tmp_path/"x.flac")
-    assert torch.equal(read_audio(tmp_path/"x.flac", start=.25, seconds=.5), whole[2000:6000])
-    assert torch.equal(read_audio(tmp_path/"x.flac", start=.75, seconds=5), whole[6000:])
-    with pytest.raises(AudioError, match="x.flac"): read_audio(tmp_path/"x.flac", start=1.5)
+    sf.write(tmp_path / "x.flac", np.random.default_rng(0).uniform(-1, 1, 8000), 8000)
+    whole = read_audio(tmp_path / "x.flac")
+    assert torch.equal(read_audio(tmp_path / "x.flac", start=0.25, seconds=0.5), whole[2000:6000])
+    assert torch.equal(read_audio(tmp_path / "x.flac", start=0.75, seconds=5), whole[6000:])
+    with pytest.raises(AudioError, match="x.flac"):
+        read_audio(tmp_path / "x.flac", start=1.5)
 
 
 def test_blockwise_reading_equals_one_read(tmp_path, monkeypatch):
-    sf.write(tmp_path/"x.wav", np.random.default_rng(0).uniform(-1, 1, (5000, 3)), 8000)
-    whole = read_audio(tmp_path/"x.wav", seconds=.5)
+    sf.write(tmp_path / "x.wav", np.random.default_rng(0).uniform(-1, 1, (5000, 3)), 8000)
+    whole = read_audio(tmp_path / "x.wav", seconds=0.5)
     monkeypatch.setattr("act.audio.BLOCK", 999)
-    assert torch.equal(read_audio(tmp_path/"x.wav", seconds=.5), whole)
+    assert torch.equal(read_audio(tmp_path / "x.wav", seconds=0.5), whole)
 
 
 # Resampling
 
 RATES = [
-    (44100, 16000), (16000, 44100), (48000, 16000), (22050, 16000), (16000, 22050), (8000, 16000), (16000, 8000),
-    (12345, 16000), (16000, 12345), (44099, 16000), (16000, 44099),
+    (44100, 16000),
+    (16000, 44100),
+    (48000, 16000),
+    (22050, 16000),
+    (16000, 22050),
+    (8000, 16000),
+    (16000, 8000),
+    (12345, 16000),
+    (16000, 12345),
+    (44099, 16000),
+    (16000, 44099),
 ]
 
 
@@ -93,26 +108,27 @@ def random_clips(n, samples, seed=0):
     return torch.randn(n, samples, generator=torch.Generator().manual_seed(seed))
 
 
-def sweep(low, high, rate, seconds=4.):
+def sweep(low, high, rate, seconds=4.0):
     """From one frequency to another, sampled at `rate`, float64 (T,)."""
     t = np.arange(round(seconds * rate)) / rate
-    return .5 * np.sin(2 * np.pi * (low * t + (high - low) * t ** 2 / (2 * seconds)))
+    return 0.5 * np.sin(2 * np.pi * (low * t + (high - low) * t**2 / (2 * seconds)))
 
 
 def resampled_middle(x, source, target):
     """Without the first and last quarter of a second, where the filter meets silence."""
     y = resample(torch.from_numpy(x.astype(np.float32)), source, target)
-    return y.numpy()[target // 4:-target // 4].astype(np.float64)
+    return y.numpy()[target // 4 : -target // 4].astype(np.float64)
 
 
-def decibels(x): return 10 * np.log10(np.mean(x ** 2) + 1e-30)
+def decibels(x):
+    return 10 * np.log10(np.mean(x**2) + 1e-30)
 
 
 @pytest.mark.parametrize("source, target", RATES)
 def test_what_both_rates_hold_is_kept(source, target):
-    high = .8 * min(source, target) / 2
+    high = 0.8 * min(source, target) / 2
     y = resampled_middle(sweep(50, high, source), source, target)
-    wanted = sweep(50, high, target)[target // 4:-target // 4]
+    wanted = sweep(50, high, target)[target // 4 : -target // 4]
     assert decibels(wanted) - decibels(y - wanted) > 80
 
 
@@ -124,7 +140,7 @@ def test_what_one_rate_cannot_hold_vanishes(source, target):
         x = sweep(1.1 * nyquist, source / 2, source)
         assert decibels(resampled_middle(x, source, target)) - decibels(x) < -100
         return
-    y = resampled_middle(sweep(50, .99 * nyquist, source), source, target)
+    y = resampled_middle(sweep(50, 0.99 * nyquist, source), source, target)
     power = np.abs(np.fft.rfft(y * np.hanning(len(y)))) ** 2
     images = np.fft.rfftfreq(len(y), 1 / target) > 1.1 * nyquist
     assert 10 * np.log10(power[images].sum() / power.sum()) < -100
@@ -140,8 +156,8 @@ def test_length_of_resampled_clips(source, target, n):
     x = random_clips(2, n)
     y = resample(x, source, target)
     assert y.shape == (2, math.ceil(n * target / source)) and y.dtype == torch.float32 and y.isfinite().all()
-    followed = torch.cat([x, torch.zeros(2, source // 4)], 1)           # by silence, which changes nothing
-    assert torch.allclose(resample(followed, source, target)[:, :y.shape[1]], y, atol=1e-6)
+    followed = torch.cat([x, torch.zeros(2, source // 4)], 1)  # by silence, which changes nothing
+    assert torch.allclose(resample(followed, source, target)[:, : y.shape[1]], y, atol=1e-6)
 
 
 @pytest.mark.parametrize("source, target", RATES)
@@ -149,7 +165,8 @@ def test_length_of_resampled_clips(source, target, n):
 def test_a_clip_is_resampled_alone_as_in_any_batch(source, target, samples, monkeypatch):
     x = random_clips(7, samples)
     together = resample(x, source, target)
-    for one, y in zip(x, together): assert torch.equal(resample(one, source, target), y)
+    for one, y in zip(x, together):
+        assert torch.equal(resample(one, source, target), y)
     assert torch.equal(resample(x[None, 2:5], source, target), together[None, 2:5])
     assert torch.equal(resample(x.T.contiguous().T, source, target), together)
     monkeypatch.setattr("act.audio.TOGETHER", 3)
@@ -161,22 +178,27 @@ def test_more_clips_than_soxr_takes_at_once():
     assert torch.equal(resample(x, 8000, 16000)[-1], resample(x[-1], 8000, 16000))
 
 
-@pytest.mark.parametrize("shape, expected", [
-    ((0,), (0,)),
-    ((3, 0), (3, 0)),
-    ((0, 441), (0, 160)),
-    ((2, 0, 441), (2, 0, 160)),
-])
+@pytest.mark.parametrize(
+    "shape, expected",
+    [
+        ((0,), (0,)),
+        ((3, 0), (3, 0)),
+        ((0, 441), (0, 160)),
+        ((2, 0, 441), (2, 0, 160)),
+    ],
+)
 def test_nothing_is_resampled_to_nothing(shape, expected):
     assert resample(torch.empty(shape), 44100, 16000).shape == expected
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float16, 1e-2), (torch.bfloat16, 5e-2)])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float64, 1e-6), (torch.float16, 1e-2), (torch.bfloat16, 5e-2)]
+)
 def test_resampling_keeps_the_type(dtype, tolerance):
     x = random_clips(2, 4410)
     y = resample(x.to(dtype), 44100, 16000)
     assert y.dtype == dtype and (y.float() - resample(x, 44100, 16000)).abs().max() < tolerance
-    assert torch.equal(x, random_clips(2, 4410))                        # and leaves its input as it is
+    assert torch.equal(x, random_clips(2, 4410))  # and leaves its input as it is
 
 
 def test_silence_stays_silent():
@@ -184,7 +206,7 @@ def test_silence_stays_silent():
     x = torch.cat([random_clips(2, 44100), torch.zeros(2, 44100)], 1)
     for target in 16000, 48000:
         y = resample(x, 44100, target)
-        assert not y[:, target + target // 10:].any() and not resample(0 * x, 44100, target).any()
+        assert not y[:, target + target // 10 :].any() and not resample(0 * x, 44100, target).any()
 
 
 RESAMPLER = textwrap.dedent("""
@@ -206,7 +228,7 @@ def test_every_process_and_thread_resamples_alike():
         command = [sys.executable, "-c", RESAMPLER]
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
         outputs.add(done.stdout)
-    output, = outputs
+    (output,) = outputs
     assert len(set(output.split())) == 3
 
 
@@ -222,7 +244,9 @@ LONG = textwrap.dedent("""
 
 @pytest.mark.slow
 def test_an_hour_is_resampled_in_twice_its_memory(peak_memory):
-    done = subprocess.run([sys.executable, "-c", peak_memory + LONG], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", peak_memory + LONG], capture_output=True, text=True, check=True
+    )
     assert float(done.stdout) < 2
 
 
@@ -300,10 +324,13 @@ def test_wav_written_to_a_pipe(tmp_path, change):
     assert audio_info(tmp_path / "x.wav") == (8000, 0.5) and len(read_audio(tmp_path / "x.wav")) == 4000
 
 
-@pytest.mark.parametrize("sample_rate, samples, message", [
-    (50, 100, "not credible"),
-    (8000, 0, "no samples"),
-])
+@pytest.mark.parametrize(
+    "sample_rate, samples, message",
+    [
+        (50, 100, "not credible"),
+        (8000, 0, "no samples"),
+    ],
+)
 def test_what_a_header_shows_is_refused_without_decoding(tmp_path, sample_rate, samples, message):
     sf.write(tmp_path / "x.wav", np.zeros(samples), sample_rate)
     for reader in audio_info, check_audio, read_audio, lambda p: Clip(p).duration:
@@ -551,43 +578,56 @@ def test_without_pyav_the_remedy_is_named(tmp_path, monkeypatch, suffix):
 
 # At least 1000 broken files
 
+
 def mutant(rng, originals):
     """(suffix, bytes) of a file that is broken, or nearly."""
     suffix = rng.choice(list(originals))
     data = bytearray(originals[suffix])
 
     def flip():
-        for _ in range(rng.randrange(1, 60)): data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        for _ in range(rng.randrange(1, 60)):
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+
     def flip_header():
-        for _ in range(rng.randrange(1, 10)): data[rng.randrange(min(64, len(data)))] = rng.randrange(256)
-    def truncate(): del data[rng.randrange(len(data)):]
+        for _ in range(rng.randrange(1, 10)):
+            data[rng.randrange(min(64, len(data)))] = rng.randrange(256)
+
+    def truncate():
+        del data[rng.randrange(len(data)) :]
+
     def splice():
         i, other = rng.randrange(len(data)), originals[rng.choice(list(originals))]
-        data[i:i] = other[rng.randrange(len(other)):][:500]
+        data[i:i] = other[rng.randrange(len(other)) :][:500]
+
     def field(at, value):
-        if suffix == "wav": data[at:at + len(value)] = value
-        else: flip_header()
+        if suffix == "wav":
+            data[at : at + len(value)] = value
+        else:
+            flip_header()
+
     channels = [0, 1024, 65535]
     rates = [0, 1, 10**9, 2**32 - 1, 44099]
     bits_per_sample = [0, 1, 7, 64, 999]
     bytes_of_data = [0, 1, 2**31, 2**32 - 1]
-    rng.choice([
-        flip,
-        flip,
-        flip_header,
-        flip_header,
-        truncate,
-        truncate,
-        splice,
-        lambda: data.clear(),
-        lambda: data.__setitem__(slice(None), b"This is no audio.\n" * rng.randrange(1, 50)),
-        lambda: data.__setitem__(slice(None), rng.randbytes(rng.randrange(1, 4000))),
-        lambda: field(22, struct.pack("<H", rng.choice(channels))),
-        lambda: field(24, struct.pack("<I", rng.choice(rates))),
-        lambda: field(34, struct.pack("<H", rng.choice(bits_per_sample))),
-        lambda: field(40, struct.pack("<I", rng.choice(bytes_of_data))),
-        lambda: data.__setitem__(slice(None), floats(rng)),
-    ])()
+    rng.choice(
+        [
+            flip,
+            flip,
+            flip_header,
+            flip_header,
+            truncate,
+            truncate,
+            splice,
+            lambda: data.clear(),
+            lambda: data.__setitem__(slice(None), b"This is no audio.\n" * rng.randrange(1, 50)),
+            lambda: data.__setitem__(slice(None), rng.randbytes(rng.randrange(1, 4000))),
+            lambda: field(22, struct.pack("<H", rng.choice(channels))),
+            lambda: field(24, struct.pack("<I", rng.choice(rates))),
+            lambda: field(34, struct.pack("<H", rng.choice(bits_per_sample))),
+            lambda: field(40, struct.pack("<I", rng.choice(bytes_of_data))),
+            lambda: data.__setitem__(slice(None), floats(rng)),
+        ]
+    )()
     return rng.choice([suffix] * 4 + ["wav", "flac", "ogg", "mp3"]), bytes(data)
 
 
@@ -629,7 +669,7 @@ READER = textwrap.dedent("""
 
 
 def test_1200_broken_files_end_in_an_error_or_a_clip(tmp_path, peak_memory):
-    x = np.random.default_rng(0).uniform(-.5, .5, 4000)
+    x = np.random.default_rng(0).uniform(-0.5, 0.5, 4000)
     originals = dict(
         wav=encoded(x, 16000, format="WAV"),
         flac=encoded(x, 16000, format="FLAC"),
@@ -641,7 +681,7 @@ def test_1200_broken_files_end_in_an_error_or_a_clip(tmp_path, peak_memory):
     rng = random.Random(0)
     for i in range(1200):
         suffix, data = mutant(rng, originals)
-        (tmp_path/f"{i:04}.{suffix}").write_bytes(data)
+        (tmp_path / f"{i:04}.{suffix}").write_bytes(data)
     command = [sys.executable, "-c", peak_memory + READER, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-800:]
@@ -653,11 +693,13 @@ def test_1200_broken_files_end_in_an_error_or_a_clip(tmp_path, peak_memory):
 
 # The waveform cache
 
+
 @pytest.fixture
 def clips(tmp_path, monkeypatch):
-    monkeypatch.setenv("ACT_CACHE", str(tmp_path/"cache"))
+    monkeypatch.setenv("ACT_CACHE", str(tmp_path / "cache"))
     rng = np.random.default_rng(0)
-    for i in range(40): sf.write(tmp_path/f"{i:02}.wav", rng.uniform(-1, 1, rng.integers(2000, 9000)), 11025)
+    for i in range(40):
+        sf.write(tmp_path / f"{i:02}.wav", rng.uniform(-1, 1, rng.integers(2000, 9000)), 11025)
     return [Clip(p) for p in sorted(tmp_path.glob("*.wav"))]
 
 
@@ -676,7 +718,7 @@ def assert_holds(cache, clips):
 
 def stored(folder):
     """What lies in the stores, besides their locks."""
-    return sorted(path for path in (folder/"waves").glob("*/*"))
+    return sorted(path for path in (folder / "waves").glob("*/*"))
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
@@ -685,15 +727,16 @@ def test_cache_holds_what_loading_gives(clips, workers):
     assert len(cache) == 40
     assert_holds(cache, clips)
     x, lengths = cache.batch([3, 1])
-    assert torch.equal(x[1, :lengths[1]], cache[1]) and not x[1, lengths[1]:].any()
+    assert torch.equal(x[1, : lengths[1]], cache[1]) and not x[1, lengths[1] :].any()
     assert x.dtype == torch.float32 and lengths.dtype == torch.int64
 
 
 def test_cache_is_the_same_bytes_whatever_the_workers(clips, tmp_path):
-    one, = opened(clips, workers=1).paths
+    (one,) = opened(clips, workers=1).paths
     before = one.read_bytes()
-    for path in stored(tmp_path/"cache"): path.unlink()
-    again, = opened(clips, workers=4).paths
+    for path in stored(tmp_path / "cache"):
+        path.unlink()
+    (again,) = opened(clips, workers=4).paths
     assert again.read_bytes() == before
 
 
@@ -715,22 +758,36 @@ def test_stretches_are_parts_of_the_clip(clips):
     expected = cache[4][:100], cache[4][500:], cache[7][-3:]
     assert x.shape == (3, 9000) and n.tolist() == [len(part) for part in expected]
     for row, part in zip(x, expected):
-        assert torch.equal(row[:len(part)], part) and not row[len(part):].any()
+        assert torch.equal(row[: len(part)], part) and not row[len(part) :].any()
 
 
 @pytest.mark.parametrize("subtype", ["PCM_16", "PCM_U8"])
 def test_nothing_is_lost_of_16_bit_files_at_their_rate(subtype, tmp_path, monkeypatch):
-    monkeypatch.setenv("ACT_CACHE", str(tmp_path/"cache"))
+    monkeypatch.setenv("ACT_CACHE", str(tmp_path / "cache"))
     integers = np.random.default_rng(0).integers(-32768, 32768, 5000).astype(np.int16)
     integers[:2] = 32767, -32768
-    sf.write(tmp_path/"x.wav", integers, 8000, subtype=subtype)
-    clip = Clip(tmp_path/"x.wav")
+    sf.write(tmp_path / "x.wav", integers, 8000, subtype=subtype)
+    clip = Clip(tmp_path / "x.wav")
     assert torch.equal(opened([clip])[0], clip.load(8000))
 
 
-@pytest.mark.parametrize("x", [
-    [0.], [1.], [-1.], [1e-3], [3e4], [0., 0., 0.], [1e-45], [1e-41, -1e-40], [-1., 1.], [.1, -.25, 1 / 3],
-    [3e38, -1.], []])
+@pytest.mark.parametrize(
+    "x",
+    [
+        [0.0],
+        [1.0],
+        [-1.0],
+        [1e-3],
+        [3e4],
+        [0.0, 0.0, 0.0],
+        [1e-45],
+        [1e-41, -1e-40],
+        [-1.0, 1.0],
+        [0.1, -0.25, 1 / 3],
+        [3e38, -1.0],
+        [],
+    ],
+)
 def test_samples_of_any_size_are_stored(x):
     x = np.array(x, np.float32)
     samples, factor = quantised(x)
@@ -747,6 +804,7 @@ def test_the_error_is_far_below_the_peak():
 
 
 # One store for a data set
+
 
 def counted(monkeypatch):
     """The clips that are loaded from now on, in a list."""
@@ -767,11 +825,12 @@ def test_parts_decode_only_what_is_absent(clips, tmp_path, monkeypatch):
     whole = opened(clips)
     assert loaded == clips[10:20] + clips[:10] + clips[20:]
     part = opened([clips[i] for i in (33, 12, 12, 0)])
-    assert len(loaded) == 40 and len(stored(tmp_path/"cache")) == 4          # two files, two indices
+    assert len(loaded) == 40 and len(stored(tmp_path / "cache")) == 4  # two files, two indices
     assert_holds(whole, clips)
     for cache, rows in ((part, (33, 12, 12, 0)), (first, range(10, 20))):
-        for i, row in enumerate(rows): assert torch.equal(cache[i], whole[row])
-    x, lengths = part.batch([0, 1, 2, 3])                                     # from both files
+        for i, row in enumerate(rows):
+            assert torch.equal(cache[i], whole[row])
+    x, lengths = part.batch([0, 1, 2, 3])  # from both files
     assert torch.equal(x[1], x[2]) and lengths.tolist() == part.lengths.tolist()
     assert_holds(pickle.loads(pickle.dumps(whole)), clips)
 
@@ -784,7 +843,9 @@ def test_equal_clips_are_decoded_once(clips, monkeypatch):
 
 def test_stores_and_rates_are_separate(clips, tmp_path):
     a, b = (opened(clips[:3], store=store) for store in ("a", "b"))
-    other = WaveCache.open(clips[:3], 4000, [file_digest(clip.path) for clip in clips[:3]], progress=False, store="a")
+    other = WaveCache.open(
+        clips[:3], 4000, [file_digest(clip.path) for clip in clips[:3]], progress=False, store="a"
+    )
     assert len({cache.paths[0].parent for cache in (a, b, other)}) == 3
     assert torch.equal(a[2], b[2]) and len(other[2]) == -(-len(a[2]) // 2)
 
@@ -800,53 +861,57 @@ def test_many_samples_make_several_files(clips, tmp_path, monkeypatch):
     assert 0 < len(loaded) < 10
 
 
-@pytest.mark.parametrize("harm", [
-    lambda path: path.write_bytes(b""),
-    lambda path: path.unlink(),
-    lambda path: path.with_suffix(".npz").write_text("{"),
-    lambda path: path.with_suffix(".npz").write_bytes(path.with_suffix(".npz").read_bytes()[:-40]),
-    lambda path: path.with_suffix(".npz").write_bytes(b""),
-    lambda path: path.with_suffix(".npz").unlink(),
-    lambda path: os.truncate(path, path.stat().st_size - 2),
-    lambda path: path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:]),
-])
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.unlink(),
+        lambda path: path.with_suffix(".npz").write_text("{"),
+        lambda path: path.with_suffix(".npz").write_bytes(path.with_suffix(".npz").read_bytes()[:-40]),
+        lambda path: path.with_suffix(".npz").write_bytes(b""),
+        lambda path: path.with_suffix(".npz").unlink(),
+        lambda path: os.truncate(path, path.stat().st_size - 2),
+        lambda path: path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:]),
+    ],
+)
 def test_damaged_cache_is_rebuilt(clips, harm, tmp_path):
-    path, = opened(clips).paths
+    (path,) = opened(clips).paths
     harm(path)
     assert_holds(opened(clips), clips)
-    assert len(stored(tmp_path/"cache")) == 2
+    assert len(stored(tmp_path / "cache")) == 2
 
 
 def test_touched_but_intact_cache_is_kept(clips, monkeypatch):
-    path, = opened(clips).paths
+    (path,) = opened(clips).paths
     os.utime(path, ns=(0, 12345))
     loaded = counted(monkeypatch)
-    again, = opened(clips).paths
+    (again,) = opened(clips).paths
     assert again.stat().st_mtime_ns == 12345 and not loaded
 
 
 def test_changed_source_is_decoded_again(clips):
     opened(clips)
-    sf.write(clips[5].path, np.full(4000, .25), 8000)
-    assert torch.allclose(opened(clips)[5], torch.full((4000,), .25), atol=1e-4)
+    sf.write(clips[5].path, np.full(4000, 0.25), 8000)
+    assert torch.allclose(opened(clips)[5], torch.full((4000,), 0.25), atol=1e-4)
 
 
 def test_broken_clip_leaves_no_cache(clips, tmp_path):
     clips[20].path.write_bytes(b"no audio")
-    with pytest.raises(AudioError, match="20.wav"): opened(clips, workers=3)
-    assert stored(tmp_path/"cache") == []
+    with pytest.raises(AudioError, match="20.wav"):
+        opened(clips, workers=3)
+    assert stored(tmp_path / "cache") == []
 
 
 def test_a_cache_is_read_while_another_process_adds_to_it(clips, tmp_path):
     """Readers take no lock, and a file that is being written does not disturb them."""
     cache = opened(clips[:5])
     folder = cache.paths[0].parent
-    (folder/"0123.i16.99.tmp").write_bytes(b"half a file")
-    (folder/"4567.i16").write_bytes(b"its index is not written yet")
+    (folder / "0123.i16.99.tmp").write_bytes(b"half a file")
+    (folder / "4567.i16").write_bytes(b"its index is not written yet")
     with filelock.FileLock(f"{folder}.lock"):
         assert_holds(opened(clips[:5]), clips[:5])
     assert_holds(opened(clips), clips)
-    assert len(stored(tmp_path/"cache")) == 4          # what the other process left is gone
+    assert len(stored(tmp_path / "cache")) == 4  # what the other process left is gone
 
 
 SLOW = textwrap.dedent("""
@@ -869,10 +934,11 @@ SLOW = textwrap.dedent("""
 def test_killed_while_building(clips, tmp_path):
     command = [sys.executable, "-c", SLOW, str(tmp_path)]
     child = subprocess.Popen(command)
-    waves = tmp_path/"cache"/"waves"
+    waves = tmp_path / "cache" / "waves"
     deadline = time.time() + 60
-    while not list(waves.glob("*/*.tmp")) and time.time() < deadline: time.sleep(.01)
-    time.sleep(.3)
+    while not list(waves.glob("*/*.tmp")) and time.time() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.3)
     child.kill()
     child.wait()
     assert list(waves.glob("*/*.tmp")) and not list(waves.glob("*/*.i16"))
@@ -882,12 +948,13 @@ def test_killed_while_building(clips, tmp_path):
 
 def test_mixture_is_the_sum_of_its_clips(clips):
     a, b = clips[0].load(8000), clips[1].load(8000)
-    n, level = max(len(a), len(b)), lambda x: .1 * x / x.square().mean().sqrt()
+    n, level = max(len(a), len(b)), lambda x: 0.1 * x / x.square().mean().sqrt()
     expected = fitted(level(a), n) + fitted(level(b), n) / 2
-    assert torch.allclose(Mixture((clips[0], clips[1]), (0., -6.0206)).load(8000), expected, atol=1e-4)
+    assert torch.allclose(Mixture((clips[0], clips[1]), (0.0, -6.0206)).load(8000), expected, atol=1e-4)
 
 
-def fitted(x, n): return torch.nn.functional.pad(x, (0, n - len(x)))
+def fitted(x, n):
+    return torch.nn.functional.pad(x, (0, n - len(x)))
 
 
 GROWTH = textwrap.dedent("""
@@ -910,7 +977,7 @@ GROWTH = textwrap.dedent("""
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_stays_flat_when_a_task_grows_tenfold(tmp_path):
-    env = {**os.environ, "ACT_CACHE": str(tmp_path/"cache")}
+    env = {**os.environ, "ACT_CACHE": str(tmp_path / "cache")}
     used = []
     for n in 300, 3000:
         command = [sys.executable, "-c", GROWTH, str(tmp_path), str(n)]

@@ -1,4 +1,5 @@
 """Backbones: parity with references, independence of neighbours and padding, saving, tuning, errors."""
+
 import copy
 import errno
 import importlib.util
@@ -24,11 +25,28 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
-from act.backbones import (_BUILDERS, _TORCHAUDIO, _describe, Backbone, BackboneError, SpeechTransformer, list_backbones,
-                           load_backbone, register_backbone, set_trainable)
+from act.backbones import (
+    _BUILDERS,
+    _TORCHAUDIO,
+    _describe,
+    Backbone,
+    BackboneError,
+    SpeechTransformer,
+    list_backbones,
+    load_backbone,
+    register_backbone,
+    set_trainable,
+)
 from act.embeddings import fingerprint
-from act.encoders import (aisfx_mel, musicnn_mel, read_aisfx_network, read_ge2e_network, read_music_vgg,
-                          read_musicnn, read_speech_network, speech_decibels, speech_mel)
+from act.encoders import (
+    aisfx_mel,
+    musicnn_mel,
+    read_music_vgg,
+    read_musicnn,
+    read_speech_network,
+    speech_decibels,
+    speech_mel,
+)
 from act.manifest import FetchError, manifest_entry, weight_file
 from act.tasks import load_task
 
@@ -38,31 +56,36 @@ WHEELS = ("speech-embedding", "aisfx", "ge2e", "musicnn-vgg", "musicnn")
 
 def weights(*entry):
     """The weight file of a manifest entry, or a skip that says why there is none."""
-    try: return weight_file(*entry)
-    except FetchError as error: pytest.skip(f"real weights not tested: {error}")
+    try:
+        return weight_file(*entry)
+    except FetchError as error:
+        pytest.skip(f"real weights not tested: {error}")
 
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory):
     """A function from a requirement to the folder of its unpacked wheel, whose code is a reference."""
+
     def unpack(requirement):
         folder = tmp_path_factory.mktemp("wheel")
         pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, requirement]
         process = subprocess.run(pip, capture_output=True, text=True)
-        if process.returncode: pytest.skip(f"no reference: pip cannot download {requirement}")
+        if process.returncode:
+            pytest.skip(f"no reference: pip cannot download {requirement}")
         zipfile.ZipFile(next(folder.glob("*.whl"))).extractall(folder)
         return folder
+
     return unpack
 
 
-def clips(sample_rate, seconds=(1., .4, 2.3), seed=0):
+def clips(sample_rate, seconds=(1.0, 0.4, 2.3), seed=0):
     """Noise with a drifting tone, zero-padded to a batch, and the lengths."""
     generator = np.random.default_rng(seed)
     lengths = [int(sample_rate * s) for s in seconds]
     x = np.zeros((len(lengths), max(lengths)), np.float32)
     for row, n in zip(x, lengths):
         t = np.arange(n) / sample_rate
-        row[:n] = .05 * generator.standard_normal(n) + .2 * np.sin(2 * np.pi * (300 + 200 * t) * t)
+        row[:n] = 0.05 * generator.standard_normal(n) + 0.2 * np.sin(2 * np.pi * (300 + 200 * t) * t)
     return torch.tensor(x), torch.tensor(lengths)
 
 
@@ -73,6 +96,7 @@ def apart(a, b):
 
 # ---------------------------------------------------------------- parity
 
+
 def run_onnx(path, x):
     runtime = pytest.importorskip("onnxruntime")
     session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -81,10 +105,10 @@ def run_onnx(path, x):
 
 def test_speech_network_equals_onnxruntime():
     path = weights("speech-embedding")
-    mels = torch.randn(4, 76, 32, generator=torch.Generator().manual_seed(0)) * .5 + 2
+    mels = torch.randn(4, 76, 32, generator=torch.Generator().manual_seed(0)) * 0.5 + 2
     ours = read_speech_network(path).eval()(mels[:, None])[:, :, 0, 0]
     reference = run_onnx(path, mels[..., None]).reshape(4, 96)
-    assert reference.abs().max() > 5                      # the scale against which 1e-4 is small
+    assert reference.abs().max() > 5  # the scale against which 1e-4 is small
     assert (ours - reference).abs().max() <= 1e-4
 
 
@@ -93,10 +117,10 @@ def test_speech_embedding_equals_the_chain_of_both_graphs(wheel):
     """From the waveform: the wheel's mel graph on 16-bit samples, windows of 76 frames every 8, mean."""
     graph = wheel("openwakeword==0.4.0") / "openwakeword/resources/models/melspectrogram.onnx"
     network = weights("speech-embedding")
-    x, _ = clips(16000, (1.,))
+    x, _ = clips(16000, (1.0,))
     mels = run_onnx(graph, x * 32768).reshape(97, 32) / 10 + 2
     assert (speech_decibels(speech_mel()(x), torch.tensor([97]))[0] - mels).abs().max() <= 1e-4
-    windows = run_onnx(network, torch.stack([mels[s:s + 76, :, None] for s in (0, 8, 16)])).reshape(3, 96)
+    windows = run_onnx(network, torch.stack([mels[s : s + 76, :, None] for s in (0, 8, 16)])).reshape(3, 96)
     assert apart(load_backbone("speech-embedding")(x)[0], windows.mean(0)) <= 1e-4
 
 
@@ -125,11 +149,11 @@ def test_aisfx_network_equals_upstream(wheel):
     with torch.no_grad():
         h, counts = ours.encode(x, lengths)
         for i, n in enumerate(lengths):
-            power = ours.mel(F.pad(x[i:i + 1, :n], (0, 1023)))[0]
+            power = ours.mel(F.pad(x[i : i + 1, :n], (0, 1023)))[0]
             spectrogram = (power * 1e4 + 1).log10().numpy() / 9.457798957824707
             blocks = module_at(folder / "preprocessing.py").blocking(spectrogram, 100, 50, True)
             assert len(blocks) == counts[i]
-            assert apart(h[i, :counts[i]], upstream(torch.tensor(blocks, dtype=torch.float32))) <= 1e-4
+            assert apart(h[i, : counts[i]], upstream(torch.tensor(blocks, dtype=torch.float32))) <= 1e-4
 
 
 def module_at(path):
@@ -146,13 +170,14 @@ def test_ge2e_equals_resemblyzer(wheel, monkeypatch):
     path, folder = weights("ge2e"), wheel("resemblyzer==0.1.4")
     monkeypatch.syspath_prepend(folder)
     monkeypatch.setitem(sys.modules, "webrtcvad", types.ModuleType("webrtcvad"))
-    morphology = types.ModuleType("scipy.ndimage.morphology")                # gone from SciPy
+    morphology = types.ModuleType("scipy.ndimage.morphology")  # gone from SciPy
     morphology.binary_dilation = None
     monkeypatch.setitem(sys.modules, "scipy.ndimage.morphology", morphology)
     from resemblyzer import audio, VoiceEncoder
+
     encoder = VoiceEncoder("cpu", verbose=False, weights_fpath=path)
-    x, lengths = clips(16000, (1.6, 2.3, 4.05))      # at least a window: shorter clips differ, see the page
-    x[2] *= .01                                                              # quiet: upstream raises it
+    x, lengths = clips(16000, (1.6, 2.3, 4.05))  # at least a window: shorter clips differ, see the page
+    x[2] *= 0.01  # quiet: upstream raises it
     ours = load_backbone("ge2e")(x, lengths).detach()
     for i, n in enumerate(lengths):
         reference = encoder.embed_utterance(audio.normalize_volume(x[i, :n].numpy(), -30, increase_only=True))
@@ -177,12 +202,13 @@ def test_musicnn_networks_equal_tensorflow():
 @pytest.mark.slow
 def test_musicnn_spectrogram_equals_librosa():
     librosa = pytest.importorskip("librosa")
-    x, _ = clips(16000, (1.,))
+    x, _ = clips(16000, (1.0,))
     reference = librosa.feature.melspectrogram(y=x[0].numpy(), sr=16000, n_fft=512, hop_length=256, n_mels=96)
     assert apart(musicnn_mel()(x)[0], torch.tensor(reference).T) <= 1e-5
 
 
 # ---------------------------------------------------------------- small transformers
+
 
 def small_model(kind):
     """wav2vec 2.0 with one of its two normalisations, or WavLM, as torchaudio builds them."""
@@ -193,17 +219,17 @@ def small_model(kind):
         extractor_conv_layer_config=convolutions,
         extractor_conv_bias=False,
         encoder_embed_dim=32,
-        encoder_projection_dropout=0.,
+        encoder_projection_dropout=0.0,
         encoder_pos_conv_kernel=16,
         encoder_pos_conv_groups=4,
         encoder_num_layers=3,
         encoder_num_heads=2,
-        encoder_attention_dropout=0.,
+        encoder_attention_dropout=0.0,
         encoder_ff_interm_features=64,
-        encoder_ff_interm_dropout=0.,
-        encoder_dropout=0.,
+        encoder_ff_interm_dropout=0.0,
+        encoder_dropout=0.0,
         encoder_layer_norm_first=kind == "layer_norm",
-        encoder_layer_drop=0.,
+        encoder_layer_drop=0.0,
         aux_num_out=None,
     )
     if kind != "wavlm":
@@ -212,7 +238,7 @@ def small_model(kind):
     return torchaudio.models.wavlm_model(**sizes, **positions).eval()
 
 
-def small_torchaudio(kind, layer=None, layer_drop=0.):
+def small_torchaudio(kind, layer=None, layer_drop=0.0):
     backbone = SpeechTransformer(small_model(kind), kind == "layer_norm", layer, layer_drop).eval()
     backbone.name = kind
     return backbone
@@ -228,7 +254,8 @@ def hub(tmp_path_factory):
     torch.manual_seed(0)
     waves = dict(SIZES, conv_dim=[16] * 7, num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2)
     clap = dict(
-        hidden_size=32, patch_embeds_hidden_size=4, depths=[1, 1, 1, 1], num_attention_heads=[1, 1, 2, 2])
+        hidden_size=32, patch_embeds_hidden_size=4, depths=[1, 1, 1, 1], num_attention_heads=[1, 1, 2, 2]
+    )
     text = dict(SIZES, vocab_size=50)
     whisper = t.WhisperConfig(
         d_model=16,
@@ -299,13 +326,14 @@ FAMILIES = ("ast", "whisper", "clap", *PADDED, *BY_LENGTH)
 
 # ---------------------------------------------------------------- neighbours and padding
 
-def assert_alone_as_in_company(backbone, seconds=(1., .4, 2.3)):
+
+def assert_alone_as_in_company(backbone, seconds=(1.0, 0.4, 2.3)):
     x, lengths = clips(backbone.sample_rate, seconds)
     with torch.no_grad():
-        noise_beyond = 7. * (torch.arange(x.shape[1]) >= lengths[:, None])      # must not matter
+        noise_beyond = 7.0 * (torch.arange(x.shape[1]) >= lengths[:, None])  # must not matter
         together = backbone(x + noise_beyond, lengths)
         for i, n in enumerate(lengths):
-            alone = backbone(x[i:i + 1, :n])
+            alone = backbone(x[i : i + 1, :n])
             assert together.shape[1] == backbone.dim == alone.shape[1]
             assert apart(together[i], alone[0]) <= 1e-5
 
@@ -321,7 +349,7 @@ def test_pretrained_embeddings_ignore_neighbours_and_padding(name):
     entries["musicnn-vgg"] = ("musicnn", "musicnn/MSD_vgg/.index")
     entries["musicnn"] = ("musicnn", "musicnn/MSD_musicnn/.index")
     weights(*entries[name])
-    backbone = load_backbone(name).train()            # normalisation keeps its statistics also while tuning
+    backbone = load_backbone(name).train()  # normalisation keeps its statistics also while tuning
     assert_alone_as_in_company(backbone)
 
 
@@ -332,7 +360,7 @@ def test_speech_transformers_ignore_neighbours_and_padding(kind, layer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in _TORCHAUDIO if n != "xls-r-2b"])     # 8.6 GB
+@pytest.mark.parametrize("name", [n for n in _TORCHAUDIO if n != "xls-r-2b"])  # 8.6 GB
 def test_full_sizes_ignore_neighbours_and_padding(name):
     assert_alone_as_in_company(load_backbone(f"random:{name}"))
 
@@ -348,22 +376,22 @@ def test_hugging_face_pads_where_padding_can_be_hidden(hub, family):
     backbone = load_backbone(f"hf:{hub / family}")
     assert backbone.equal_lengths == (family in BY_LENGTH)
     before = fingerprint(backbone)
-    x, lengths = clips(16000, (1., .4))
+    x, lengths = clips(16000, (1.0, 0.4))
     z = backbone(x, lengths)
     z.square().sum().backward()
     reached = [key for key, p in backbone.named_parameters() if p.grad is not None and p.grad.abs().max() > 0]
-    assert len(reached) > .8 * len(list(backbone.parameters()))
+    assert len(reached) > 0.8 * len(list(backbone.parameters()))
     assert fingerprint(backbone) == before
     with torch.no_grad():
         again = copy.deepcopy(backbone)
-        backbone(x[:1, :6400])                                # another batch of the original
+        backbone(x[:1, :6400])  # another batch of the original
         assert apart(again(x, lengths), z) <= 1e-6
 
 
 def test_a_learned_mixture_of_any_model(hub):
     for family in ("data2vec", "sew", "bert"):
         backbone = load_backbone(f"hf:{hub / family}", layer="learned")
-        assert_alone_as_in_company(backbone, (.5, .23))
+        assert_alone_as_in_company(backbone, (0.5, 0.23))
         assert backbone.layers()[-1][-1] is backbone.mixture
 
 
@@ -371,27 +399,29 @@ def test_a_learned_mixture_of_any_model(hub):
 def test_any_length_is_embedded(name):
     backbone = load_backbone(name)
     for n in (1, 7, backbone.sample_rate // 10, 3 * backbone.sample_rate + 1):
-        with torch.no_grad(): assert backbone(torch.full((1, n), .1)).isfinite().all()
+        with torch.no_grad():
+            assert backbone(torch.full((1, n), 0.1)).isfinite().all()
     assert backbone(torch.zeros(1, backbone.sample_rate)).isfinite().all()
 
 
-SHORT = (1, 2, .005, .02, .024)      # one and two samples; seconds
+SHORT = (1, 2, 0.005, 0.02, 0.024)  # one and two samples; seconds
 
 
 def assert_takes_short_clips(backbone):
     """Alone, and among longer ones without a change."""
     samples = [n if isinstance(n, int) else int(n * backbone.sample_rate) for n in SHORT]
     lengths = torch.tensor([*samples, backbone.sample_rate])
-    x = .1 * torch.randn(len(lengths), backbone.sample_rate, generator=torch.Generator().manual_seed(0))
+    x = 0.1 * torch.randn(len(lengths), backbone.sample_rate, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         together = backbone(x, lengths)
         for i, n in enumerate(lengths.tolist()):
-            alone = backbone(x[i:i + 1, :n])
+            alone = backbone(x[i : i + 1, :n])
             assert alone.isfinite().all() and apart(together[i], alone[0]) <= 1e-5
 
 
 @pytest.mark.parametrize("name", ["log-mel", *(f"random:{name}" for name in WHEELS)])
-def test_clips_from_one_sample_up(name): assert_takes_short_clips(load_backbone(name))
+def test_clips_from_one_sample_up(name):
+    assert_takes_short_clips(load_backbone(name))
 
 
 @pytest.mark.parametrize("kind", ["group_norm", "layer_norm", "wavlm"])
@@ -415,7 +445,7 @@ def test_a_transformer_knows_the_shortest_clip_of_its_convolutions(tmp_path):
     backbone = load_backbone(f"hf:{tmp_path}")
     assert round(backbone.min_seconds * 8000) == 20 + 10 * 5 + 40 * 2
     assert_takes_short_clips(backbone)
-    assert small_torchaudio("group_norm").min_seconds == .025
+    assert small_torchaudio("group_norm").min_seconds == 0.025
 
 
 @pytest.mark.parametrize("family", ["ast", "whisper", "clap"])
@@ -429,13 +459,16 @@ def test_models_of_one_span_cost_the_same_whatever_the_clip(hub, family):
 @pytest.mark.parametrize("family", ["ast", "whisper"])
 def test_front_ends_of_hugging_face_work_under_autocast(hub, family):
     backbone = load_backbone(f"hf:{hub / family}")
-    x, lengths = clips(16000, (1., .4))
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16): rough = backbone(x, lengths)
-    with torch.no_grad(): assert F.cosine_similarity(rough.float(), backbone(x, lengths)).min() > .99
+    x, lengths = clips(16000, (1.0, 0.4))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        rough = backbone(x, lengths)
+    with torch.no_grad():
+        assert F.cosine_similarity(rough.float(), backbone(x, lengths)).min() > 0.99
 
 
 class Windowed(Backbone):
     """A backbone of one's own that does not say how short a clip may be."""
+
     name, sample_rate, dim = "windowed", 8000, 4
 
     def __init__(self, kind="unfold"):
@@ -444,7 +477,8 @@ class Windowed(Backbone):
         self.net = torch.nn.Linear(80, 4) if kind == "unfold" else torch.nn.Conv1d(1, 4, 80, 40)
 
     def encode(self, x, lengths):
-        if self.kind == "unfold": return self.net(x.unfold(1, 80, 80)), lengths // 80
+        if self.kind == "unfold":
+            return self.net(x.unfold(1, 80, 80)), lengths // 80
         return self.net(x[:, None]).transpose(1, 2), (lengths - 80) // 40 + 1
 
 
@@ -456,57 +490,64 @@ def test_a_backbone_of_ones_own_names_a_clip_that_is_too_short(kind, lengths):
     with pytest.raises(BackboneError, match=f"a clip of {short} samples .*set Windowed.min_seconds") as error:
         backbone(x, torch.tensor(lengths))
     assert "\n" not in str(error.value)
-    backbone.min_seconds = .01
+    backbone.min_seconds = 0.01
     assert backbone(x, torch.tensor(lengths)).isfinite().all()
 
 
 def test_another_fault_of_a_backbone_is_not_called_a_short_clip():
     class Broken(Windowed):
-        def encode(self, x, lengths): raise RuntimeError("of another kind")
+        def encode(self, x, lengths):
+            raise RuntimeError("of another kind")
 
-    with pytest.raises(RuntimeError, match="^of another kind$"): Broken()(torch.zeros(1, 100))
-    with pytest.raises(NotImplementedError, match="must implement encode"): Backbone()(torch.zeros(1, 100))
+    with pytest.raises(RuntimeError, match="^of another kind$"):
+        Broken()(torch.zeros(1, 100))
+    with pytest.raises(NotImplementedError, match="must implement encode"):
+        Backbone()(torch.zeros(1, 100))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("name", ["log-mel", *(f"random:{name}" for name in WHEELS if name != "aisfx")])
 def test_other_types_of_weights_keep_the_embedding(name, dtype):
     """The spectrogram is computed in float32, the network in its own type."""
-    x, lengths = clips(16000, (.5, .4))
+    x, lengths = clips(16000, (0.5, 0.4))
     backbone = load_backbone(name)
     with torch.no_grad():
         exact = backbone(x, lengths)
         other = backbone.to(dtype)(x.to(dtype), lengths)
-    assert other.dtype in (torch.float32, dtype) and F.cosine_similarity(other.float(), exact).min() > .99
+    assert other.dtype in (torch.float32, dtype) and F.cosine_similarity(other.float(), exact).min() > 0.99
 
 
 @pytest.mark.parametrize("name", WHEELS)
 def test_half_precision_changes_little(name):
     backbone = load_backbone(f"random:{name}")
     x, lengths = clips(backbone.sample_rate)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16): rough = backbone(x, lengths)
-    with torch.no_grad(): assert F.cosine_similarity(rough.float(), backbone(x, lengths)).min() > .99
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        rough = backbone(x, lengths)
+    with torch.no_grad():
+        assert F.cosine_similarity(rough.float(), backbone(x, lengths)).min() > 0.99
 
 
 # ---------------------------------------------------------------- libraries' own forward pass
 
+
 @pytest.mark.parametrize("kind", ["group_norm", "layer_norm", "wavlm"])
 def test_without_padding_it_is_torchaudio(kind):
     backbone = small_torchaudio(kind)
-    x, lengths = clips(16000, (1., 1.))
+    x, lengths = clips(16000, (1.0, 1.0))
     normalized = x[:1]
     if kind == "layer_norm":
-        normalized = F.layer_norm(normalized, normalized.shape)      # as a torchaudio bundle does
+        normalized = F.layer_norm(normalized, normalized.shape)  # as a torchaudio bundle does
     with torch.no_grad():
         reference = small_model(kind).extract_features(normalized)[0][-1]
-        if kind == "layer_norm": reference = backbone.model.encoder.transformer.layer_norm(reference)
+        if kind == "layer_norm":
+            reference = backbone.model.encoder.transformer.layer_norm(reference)
         assert apart(backbone.encode(x, lengths)[0][0], reference[0]) <= 1e-5
 
 
 @pytest.mark.parametrize("family", [*PADDED, "sew", "sew-d", "adapter"])
 def test_without_padding_it_is_transformers(hub, family):
     t = pytest.importorskip("transformers")
-    x, _ = clips(16000, (1.,))
+    x, _ = clips(16000, (1.0,))
     extractor = t.AutoFeatureExtractor.from_pretrained(hub / family)
     inputs = extractor(x[0].numpy(), sampling_rate=16000, return_tensors="pt")
     with torch.no_grad():
@@ -516,9 +557,9 @@ def test_without_padding_it_is_transformers(hub, family):
 
 
 def test_layers_are_dropped_only_on_demand():
-    x, _ = clips(16000, (1.,))
+    x, _ = clips(16000, (1.0,))
     still = small_torchaudio("group_norm").train()
-    dropping = small_torchaudio("group_norm", layer_drop=.99).train()
+    dropping = small_torchaudio("group_norm", layer_drop=0.99).train()
     with torch.no_grad():
         assert torch.equal(still(x), still(x))
         assert apart(dropping(x), still(x)) > 1e-3
@@ -526,10 +567,11 @@ def test_layers_are_dropped_only_on_demand():
 
 # ---------------------------------------------------------------- tuning
 
+
 @pytest.mark.parametrize("name", WHEELS)
 def test_every_parameter_is_reached_by_the_gradient(name):
     backbone = load_backbone(f"random:{name}").train()
-    x, lengths = clips(backbone.sample_rate, (1., .9))
+    x, lengths = clips(backbone.sample_rate, (1.0, 0.9))
     weight = torch.randn(backbone.dim, generator=torch.Generator().manual_seed(0))
     (backbone(x, lengths) * weight).sum().backward()
     without = [key for key, p in backbone.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
@@ -559,7 +601,7 @@ def test_the_top_of_a_transformer_is_its_last_layers():
 def test_adapters_start_at_the_pretrained_embedding_and_learn(name):
     pytest.importorskip("peft")
     backbone = load_backbone(name)
-    x, lengths = clips(backbone.sample_rate, (1., .9))
+    x, lengths = clips(backbone.sample_rate, (1.0, 0.9))
     before = backbone(x, lengths).detach()
     set_trainable(backbone, "lora").train()
     after = backbone(x, lengths)
@@ -575,7 +617,7 @@ def test_adapters_start_at_the_pretrained_embedding_and_learn(name):
 def test_adapters_sit_where_a_transformer_calls_them(kind):
     pytest.importorskip("peft")
     backbone = set_trainable(small_torchaudio(kind), "lora")
-    backbone(clips(16000, (1.,))[0]).sum().backward()
+    backbone(clips(16000, (1.0,))[0]).sum().backward()
     assert [key for key, p in backbone.named_parameters() if "lora_B" in key and p.grad is None] == []
 
 
@@ -592,9 +634,10 @@ with torch.no_grad(): torch.save(load_backbone(folder)(*torch.load(inputs, weigh
 
 def assert_reloads_bit_identically(backbone, tmp_path):
     torch.set_num_threads(1)
-    inputs = clips(backbone.sample_rate, (1., .6))
+    inputs = clips(backbone.sample_rate, (1.0, 0.6))
     torch.save(inputs, tmp_path / "in.pt")
-    with torch.no_grad(): expected = backbone(*inputs)
+    with torch.no_grad():
+        expected = backbone(*inputs)
     folder = backbone.save_pretrained(tmp_path / "saved", {"Task": {"name": "none", "licence": "none"}})
     assert not [p for p in folder.rglob("*") if p.suffix in (".pt", ".bin", ".pkl", ".tmp")]
     inputs_and_outputs = [tmp_path / "in.pt", tmp_path / "out.pt"]
@@ -605,16 +648,18 @@ def assert_reloads_bit_identically(backbone, tmp_path):
 
 @pytest.mark.parametrize("options", [{}, {"trainable": "lora"}, {"trainable": 2}])
 def test_another_process_reloads_it_bit_identically(options, tmp_path):
-    if options.get("trainable") == "lora": pytest.importorskip("peft")
+    if options.get("trainable") == "lora":
+        pytest.importorskip("peft")
     backbone = load_backbone("random:speech-embedding", **options)
     with torch.no_grad():
         for parameter in backbone.parameters():
-            parameter.add_(.01 * torch.randn_like(parameter))        # as tuning would
+            parameter.add_(0.01 * torch.randn_like(parameter))  # as tuning would
     folder = assert_reloads_bit_identically(backbone, tmp_path)
     again = load_backbone(folder)
     assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in backbone.parameters()]
     card = (folder / "README.md").read_text()
-    for heading in ("## Model", "## Task", "## Environment", "licence"): assert heading in card
+    for heading in ("## Model", "## Task", "## Environment", "licence"):
+        assert heading in card
 
 
 @pytest.mark.slow
@@ -636,11 +681,14 @@ def test_a_folder_is_whole_or_refused(tmp_path):
     folder = backbone.save_pretrained(tmp_path / "saved")
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[:-1])
-    with pytest.raises(BackboneError, match="SHA-256"): load_backbone(folder)
+    with pytest.raises(BackboneError, match="SHA-256"):
+        load_backbone(folder)
     (folder / "config.json").unlink()
-    with pytest.raises(BackboneError, match="no saved backbone"): load_backbone(folder)
+    with pytest.raises(BackboneError, match="no saved backbone"):
+        load_backbone(folder)
     torch.save(backbone.state_dict(), tmp_path / "saved/model.pt")
-    with pytest.raises(BackboneError, match="pickles"): load_backbone(folder)
+    with pytest.raises(BackboneError, match="pickles"):
+        load_backbone(folder)
 
 
 def test_a_loaded_encoder_is_not_a_name():
@@ -650,17 +698,21 @@ def test_a_loaded_encoder_is_not_a_name():
             load_backbone(wrong)
 
 
-def scores(backbone): return backbone(*clips(backbone.sample_rate, (.5,)))
+def scores(backbone):
+    return backbone(*clips(backbone.sample_rate, (0.5,)))
 
 
 def fail_with(error):
     """A function that raises instead of doing its work."""
-    def fail(*arguments, **options): raise error
+
+    def fail(*arguments, **options):
+        raise error
+
     return fail
 
 
 FULL_DISK = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-FAULTS = {      # what fails while a backbone is saved, and how
+FAULTS = {  # what fails while a backbone is saved, and how
     "full disk": ("pathlib.Path.write_bytes", FULL_DISK, BackboneError),
     "full disk at the card": ("pathlib.Path.write_text", FULL_DISK, BackboneError),
     "interrupt": ("safetensors.torch.save", KeyboardInterrupt(), KeyboardInterrupt),
@@ -677,8 +729,10 @@ def test_a_failed_save_keeps_the_earlier_one(fault, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(place, fail_with(error))
         backbone = load_backbone("random:ge2e", seed=1)
-        with pytest.raises(raised): backbone.save_pretrained(folder)
-        with pytest.raises(raised): backbone.save_pretrained(tmp_path / "new" / "folder")
+        with pytest.raises(raised):
+            backbone.save_pretrained(folder)
+        with pytest.raises(raised):
+            backbone.save_pretrained(tmp_path / "new" / "folder")
     assert files(tmp_path) == before and [p.name for p in tmp_path.iterdir()] == ["saved"]
     assert torch.equal(scores(load_backbone(folder)), scores(load_backbone("random:ge2e")))
 
@@ -695,12 +749,14 @@ def test_a_move_that_fails_undoes_the_others(failing, tmp_path, monkeypatch):
     before, calls, replace = files(folder), itertools.count(1), os.replace
 
     def move(source, target):
-        if next(calls) == failing: raise PermissionError(errno.EACCES, "locked by another program")
+        if next(calls) == failing:
+            raise PermissionError(errno.EACCES, "locked by another program")
         replace(source, target)
 
     with monkeypatch.context() as m:
         m.setattr(os, "replace", move)
-        with pytest.raises(PermissionError): load_backbone("random:ge2e", seed=1).save_pretrained(folder)
+        with pytest.raises(PermissionError):
+            load_backbone("random:ge2e", seed=1).save_pretrained(folder)
     assert files(folder) == before
 
 
@@ -735,10 +791,11 @@ def test_an_edited_card_is_kept_and_hidden_files_do_not_count(tmp_path):
         (folder / hidden).parent.mkdir(exist_ok=True)
         (folder / hidden).write_text("")
     backbone.save_pretrained(folder)
-    (folder / "model.safetensors").write_bytes(b"damaged")              # to be saved again, as its error says
+    (folder / "model.safetensors").write_bytes(b"damaged")  # to be saved again, as its error says
     backbone.save_pretrained(folder)
     (folder / "README.md").write_text("# three weeks of notes")
-    with pytest.raises(BackboneError, match="such as README.md"): backbone.save_pretrained(folder)
+    with pytest.raises(BackboneError, match="such as README.md"):
+        backbone.save_pretrained(folder)
     assert (folder / ".git/config").exists() and "weeks" in (folder / "README.md").read_text()
 
 
@@ -794,19 +851,21 @@ def test_a_folder_of_the_current_one_and_a_link(tmp_path, monkeypatch):
     backbone = load_backbone("random:ge2e")
     backbone.save_pretrained(tmp_path / "link")
     monkeypatch.chdir(tmp_path / "real")
-    backbone.save_pretrained(".")                                         # saved there before
+    backbone.save_pretrained(".")  # saved there before
     assert (tmp_path / "link").is_symlink()
     assert load_backbone(".").dim == load_backbone(tmp_path / "link").dim == 256
 
 
 class Tied(Backbone):
     """Two matrices that are one, and two that overlap in memory."""
+
     sample_rate, dim, licence, source = 8000, 4, "MIT", "here"
 
     def __init__(self, tied=True):
         super().__init__()
         self.first, self.second = torch.nn.Linear(80, 4), torch.nn.Linear(80, 4)
-        if tied: self.second.weight = self.first.weight
+        if tied:
+            self.second.weight = self.first.weight
         self.register_buffer("row", self.first.weight.detach()[0])
 
     def encode(self, x, lengths):
@@ -818,11 +877,12 @@ class Tied(Backbone):
 def test_shared_weights_are_shared_again(by_builder, tmp_path):
     register_backbone("tied")(lambda pretrained=True: Tied(by_builder))
     tied = load_backbone("tied")
-    tied.second.weight = tied.first.weight                                # by the builder, or after it
+    tied.second.weight = tied.first.weight  # by the builder, or after it
     again = load_backbone(tied.save_pretrained(tmp_path))
     assert again.second.weight is again.first.weight and again.second.bias is not again.first.bias
     assert torch.equal(scores(again), scores(tied))
-    with torch.no_grad(): again.first.weight.add_(1)
+    with torch.no_grad():
+        again.first.weight.add_(1)
     assert torch.equal(load_backbone(again.save_pretrained(tmp_path)).second.weight, again.first.weight)
     assert len(list(again.parameters())) == 3
 
@@ -833,14 +893,15 @@ def test_a_saved_random_hugging_face_model_loads(hub, tmp_path):
     assert sorted(files(folder)) == ["README.md", *assets, "config.json", "model.safetensors"]
     again = load_backbone(f"random:hf:{hub / 'wav2vec2'}", seed=3)
     assert torch.equal(scores(load_backbone(folder)), scores(again))
-    load_backbone("random:ge2e").save_pretrained(folder)      # the assets of the earlier one go with it
+    load_backbone("random:ge2e").save_pretrained(folder)  # the assets of the earlier one go with it
     assert sorted(files(folder)) == ["README.md", "config.json", "model.safetensors"]
     assert load_backbone(folder).dim == 256
 
 
 def test_random_weights_are_not_those_of_the_folder(tmp_path):
     tuned = load_backbone("random:ge2e")
-    with torch.no_grad(): tuned.net.linear.bias.add_(1)
+    with torch.no_grad():
+        tuned.net.linear.bias.add_(1)
     folder = tuned.save_pretrained(tmp_path / "saved")
     assert not torch.equal(scores(load_backbone(f"random:{folder}")), scores(load_backbone(folder)))
 
@@ -851,32 +912,40 @@ def broken(folder, **changes):
     (folder / "config.json").write_text(json.dumps(config | changes))
 
 
-@pytest.mark.parametrize("spoil, message", [
-    (lambda f: (f / "config.json").write_text("{"), "config.json is damaged"),
-    (lambda f: (f / "config.json").write_text("[]"), "was not written by act"),
-    (lambda f: (f / "config.json").write_text('{"mine": true}'), "was not written by act"),
-    (lambda f: broken(f, model_type="wav2vec2"), "transformers library: write hf:"),
-    (lambda f: broken(f, backbone="gone"), "was saved from gone, which is .*register_backbone..gone"),
-    (lambda f: broken(f, backbone="random:aisfx"), "do not fit"),
-])
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda f: (f / "config.json").write_text("{"), "config.json is damaged"),
+        (lambda f: (f / "config.json").write_text("[]"), "was not written by act"),
+        (lambda f: (f / "config.json").write_text('{"mine": true}'), "was not written by act"),
+        (lambda f: broken(f, model_type="wav2vec2"), "transformers library: write hf:"),
+        (lambda f: broken(f, backbone="gone"), "was saved from gone, which is .*register_backbone..gone"),
+        (lambda f: broken(f, backbone="random:aisfx"), "do not fit"),
+    ],
+)
 def test_folders_that_hold_something_else(spoil, message, tmp_path):
     folder = load_backbone("random:ge2e").save_pretrained(tmp_path / "saved")
     spoil(folder)
-    with pytest.raises(BackboneError, match=message) as raised: load_backbone(folder)
+    with pytest.raises(BackboneError, match=message) as raised:
+        load_backbone(folder)
     assert "\n" not in str(raised.value)
 
 
 def test_a_hugging_face_folder_says_how_to_load_it(hub):
-    with pytest.raises(BackboneError, match=f"write hf:{hub / 'wav2vec2'}"): load_backbone(hub / "wav2vec2")
+    with pytest.raises(BackboneError, match=f"write hf:{hub / 'wav2vec2'}"):
+        load_backbone(hub / "wav2vec2")
     assert load_backbone(f"hf:{hub / 'wav2vec2'}").dim == 16
 
 
 def test_a_name_of_the_hub_says_how_it_is_written(tmp_path):
     for name in ("hf:", "HF:facebook/wav2vec2-base"):
-        with pytest.raises(BackboneError, match="write hf:OWNER/NAME"): load_backbone(name)
-    with pytest.raises(BackboneError, match="hf:OWNER/NAME is one of the Hub"): load_backbone("facebook/wav2vec2-base")
+        with pytest.raises(BackboneError, match="write hf:OWNER/NAME"):
+            load_backbone(name)
+    with pytest.raises(BackboneError, match="hf:OWNER/NAME is one of the Hub"):
+        load_backbone("facebook/wav2vec2-base")
     pytest.importorskip("transformers")
-    with pytest.raises(BackboneError, match="check the name on huggingface.co") as raised: load_backbone(f"hf:{tmp_path}/none")
+    with pytest.raises(BackboneError, match="check the name on huggingface.co") as raised:
+        load_backbone(f"hf:{tmp_path}/none")
     assert "list_backbones" not in str(raised.value) and "\n" not in str(raised.value)
 
 
@@ -884,7 +953,8 @@ def test_a_path_that_is_not_there_is_called_one(tmp_path):
     with pytest.raises(BackboneError, match="neither a folder here nor the name"):
         load_backbone(tmp_path / "typo")
     folder = load_backbone("random:ge2e").save_pretrained(tmp_path / "saved")
-    with pytest.raises(BackboneError, match="seed cannot be changed"): load_backbone(folder, seed=2)
+    with pytest.raises(BackboneError, match="seed cannot be changed"):
+        load_backbone(folder, seed=2)
 
 
 def test_options_that_json_cannot_hold_are_named(tmp_path):
@@ -896,21 +966,26 @@ def test_options_that_json_cannot_hold_are_named(tmp_path):
 
 
 def test_the_list_shows_also_what_cannot_be_built():
-    def fails(pretrained=True): raise RuntimeError("no such\ndriver")
+    def fails(pretrained=True):
+        raise RuntimeError("no such\ndriver")
+
     register_backbone("fails")(fails)
     try:
         reason = list_backbones().loc["fails", "weights"]
         assert reason == "cannot be built here: RuntimeError: no such driver"
-    finally: _BUILDERS.pop("fails")
+    finally:
+        _BUILDERS.pop("fails")
     assert "fails" not in list_backbones().index
 
 
 # ---------------------------------------------------------------- what a user gets wrong
 
+
 def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(BackboneError, match=r"pip install 'act\[hf\]'"): load_backbone("hf:someone/something")
+    with pytest.raises(BackboneError, match=r"pip install 'act\[hf\]'"):
+        load_backbone("hf:someone/something")
     with pytest.raises(BackboneError, match=r"pip install 'act\[adapters\]'"):
         load_backbone("random:ge2e", trainable="lora")
 
@@ -955,14 +1030,16 @@ def test_a_revision_of_a_hugging_face_model(hub, hub_cache, tmp_path):
     assert saved.name == tagged.name and torch.equal(scores(saved), scores(tagged))
     assert load_backbone("random:hf:someone/speech@v1").dim == 16
     for wrong in ("hf:someone/speech@v2", "hf:someone/speech@", "hf:@v1"):
-        with pytest.raises(BackboneError, match=wrong) as error: load_backbone(wrong)
+        with pytest.raises(BackboneError, match=wrong) as error:
+            load_backbone(wrong)
         assert "\n" not in str(error.value)
     shutil.copytree(hub / "wav2vec2", tmp_path / "me@home")
-    assert load_backbone(f"hf:{tmp_path / 'me@home'}").dim == 16      # a folder is not a revision
+    assert load_backbone(f"hf:{tmp_path / 'me@home'}").dim == 16  # a folder is not a revision
 
 
 class Malice:
-    def __reduce__(self): return os.system, ("touch executed",)
+    def __reduce__(self):
+        return os.system, ("touch executed",)
 
 
 @pytest.fixture
@@ -988,13 +1065,14 @@ def test_other_weights_are_refused_and_nothing_is_executed(speech_weights, tmp_p
     monkeypatch.chdir(tmp_path)
     speech_weights(content)
     message = "wav2vec2_fairseq_base_ls960.pth does not hold the weights of wav2vec2-base.*right file"
-    with pytest.raises(BackboneError, match=message): load_backbone("wav2vec2-base")
+    with pytest.raises(BackboneError, match=message):
+        load_backbone("wav2vec2-base")
     assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize("name", _TORCHAUDIO)
 def test_the_manifest_names_the_files_that_torchaudio_loads(name):
-    archive, = manifest_entry(name)["sources"][0]["archives"]
+    (archive,) = manifest_entry(name)["sources"][0]["archives"]
     bundle = getattr(torchaudio.pipelines, _TORCHAUDIO[name].bundle)
     assert archive["file"] == bundle._path
     assert archive["urls"][0].endswith(f"/torchaudio/models/{archive['file']}")
@@ -1005,14 +1083,17 @@ def test_a_failed_download_says_what_to_do(speech_weights, tmp_path):
     manifest.write_text(manifest.read_text().replace("https://download.pytorch.org", "http://127.0.0.1:9"))
     file = "wav2vec2_fairseq_base_ls960.pth"
     message = f"wav2vec2-base cannot be had: http://127.0.0.1:9.*refused.*{file}.*ACT_MIRROR"
-    with pytest.raises(FetchError, match=message): load_backbone("wav2vec2-base")
+    with pytest.raises(FetchError, match=message):
+        load_backbone("wav2vec2-base")
 
 
 def test_unknown_names_and_options():
-    with pytest.raises(BackboneError, match="did you mean wav2vec2-base"): load_backbone("wav2vec-base")
+    with pytest.raises(BackboneError, match="did you mean wav2vec2-base"):
+        load_backbone("wav2vec-base")
     with pytest.raises(BackboneError, match="no option 'layers'"):
         load_backbone("wav2vec2-base", pretrained=False, layers=3)
-    with pytest.raises(BackboneError, match="from 1 to 2"): load_backbone("random:ge2e", trainable=9)
+    with pytest.raises(BackboneError, match="from 1 to 2"):
+        load_backbone("random:ge2e", trainable=9)
 
 
 def test_a_backbone_of_ones_own_is_listed_saved_and_loaded(tmp_path):
@@ -1023,7 +1104,8 @@ def test_a_backbone_of_ones_own_is_listed_saved_and_loaded(tmp_path):
             super().__init__()
             self.net = torch.nn.Linear(80, width)
 
-        def encode(self, x, lengths): return self.net(x.unfold(1, 80, 80)), lengths // 80
+        def encode(self, x, lengths):
+            return self.net(x.unfold(1, 80, 80)), lengths // 80
 
     register_backbone("mine")(lambda pretrained=True, width=3: Mine(width))
     mine = load_backbone("mine", width=3)
@@ -1045,11 +1127,11 @@ def test_the_list_is_complete():
 # ---------------------------------------------------------------- frozen scores on real recordings
 
 ESC10_FOLDS = [f"esc10@{fold}" for fold in range(1, 6)]
-FROZEN = [     # encoder, tasks, accuracy of the linear and the k-NN probe of an independent prototype
-    ("speech-embedding", ["asc40-mini"], (.915, .864)),
-    ("speech-embedding", ESC10_FOLDS, (.820, .718)),
-    ("musicnn", ESC10_FOLDS, (.838, .780)),
-    ("whisper-tiny.en", ["fsdd"], (.957, .900)),
+FROZEN = [  # encoder, tasks, accuracy of the linear and the k-NN probe of an independent prototype
+    ("speech-embedding", ["asc40-mini"], (0.915, 0.864)),
+    ("speech-embedding", ESC10_FOLDS, (0.820, 0.718)),
+    ("musicnn", ESC10_FOLDS, (0.838, 0.780)),
+    ("whisper-tiny.en", ["fsdd"], (0.957, 0.900)),
 ]
 
 
@@ -1058,7 +1140,7 @@ def frozen_scores(z, task):
     test, y = task.indices("test"), task.labels.numpy()
     rest = np.setdiff1d(np.arange(len(task)), test)
     z = StandardScaler().fit(z[rest]).transform(z)
-    probes = LogisticRegression(C=.1, max_iter=2000), KNeighborsClassifier(5, metric="cosine")
+    probes = LogisticRegression(C=0.1, max_iter=2000), KNeighborsClassifier(5, metric="cosine")
     return [probe.fit(z[rest], y[rest]).score(z[test], y[test]) for probe in probes]
 
 
@@ -1067,9 +1149,9 @@ def frozen_scores(z, task):
 def test_frozen_scores_on_real_recordings(mirror, name, tasks, expected):
     weights(*(("musicnn", "musicnn/MSD_musicnn/.index") if name == "musicnn" else (name,)))
     backbone, tasks = load_backbone(name), [load_task(task) for task in tasks]
-    waves = tasks[0].waveforms(backbone.sample_rate)      # folds hold the same clips in the same order
+    waves = tasks[0].waveforms(backbone.sample_rate)  # folds hold the same clips in the same order
     batches = np.array_split(np.arange(len(waves)), len(waves) // 20)
     with torch.no_grad():
         z = np.concatenate([backbone(*waves.batch(rows)).numpy() for rows in batches])
     scores = np.mean([frozen_scores(z, task) for task in tasks], 0)
-    assert np.abs(scores - expected).max() <= .03, scores
+    assert np.abs(scores - expected).max() <= 0.03, scores

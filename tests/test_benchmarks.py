@@ -1,4 +1,5 @@
 """What the benchmarks share, and that each of them starts; their figures are not tested here."""
+
 import argparse
 import json
 import runpy
@@ -6,7 +7,18 @@ import sys
 
 import pytest
 
-SCRIPTS = ["backbones", "data", "embeddings", "fewshot", "gpu", "losses", "predict", "probes", "resampling", "tuning"]
+SCRIPTS = [
+    "backbones",
+    "data",
+    "embeddings",
+    "fewshot",
+    "gpu",
+    "losses",
+    "predict",
+    "probes",
+    "resampling",
+    "tuning",
+]
 FIELDS = ["name", "device", "ours", "peer", "peer_name", "ratio", "unit", "higher_is_better"]
 
 
@@ -14,6 +26,7 @@ FIELDS = ["name", "device", "ours", "peer", "peer_name", "ratio", "unit", "highe
 def measuring(repo, monkeypatch):
     monkeypatch.syspath_prepend(repo / "benchmarks")
     import measuring
+
     return measuring
 
 
@@ -30,7 +43,7 @@ def test_every_benchmark_is_tried_here(repo):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_benchmark_says_what_it_does(name, repo, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "audiosetfit", None)           # none of its peers need be installed
+    monkeypatch.setitem(sys.modules, "audiosetfit", None)  # none of its peers need be installed
     with pytest.raises(SystemExit) as ended:
         run_script(repo, monkeypatch, name, "--help")
     assert ended.value.code == 0 and "options:" in capsys.readouterr().out
@@ -49,8 +62,8 @@ def test_a_benchmark_writes_its_records(repo, monkeypatch, tmp_path, capsys):
 
 def test_records_that_were_measured_are_kept_if_the_rest_is_interrupted(measuring, tmp_path, capsys):
     def records():
-        yield measuring.record("a", "cpu", 3., 2., "another", note="a note")
-        yield measuring.record("b", "cpu", 1., None, "not here")
+        yield measuring.record("a", "cpu", 3.0, 2.0, "another", note="a note")
+        yield measuring.record("b", "cpu", 1.0, None, "not here")
         raise KeyboardInterrupt
 
     out = tmp_path / "records.json"
@@ -77,15 +90,19 @@ def test_works_take_turns(measuring):
 
 
 def test_a_function_is_called_in_a_process_of_its_own_by_the_revision_that_is_asked_for(
-        measuring, repo, tmp_path, monkeypatch):
+    measuring, repo, tmp_path, monkeypatch
+):
     script = tmp_path / "asked.py"
-    script.write_text("import json, os, sys\n"
-                      "def where(a, b): pass\n"
-                      "if __name__ == '__main__':\n"
-                      "    print('a line of a library')\n"
-                      "    print(json.dumps([sys.argv[1:], os.environ['PYTHONPATH'], os.environ['WORD']]))\n")
+    script.write_text(
+        "import json, os, sys\n"
+        "def where(a, b): pass\n"
+        "if __name__ == '__main__':\n"
+        "    print('a line of a library')\n"
+        "    print(json.dumps([sys.argv[1:], os.environ['PYTHONPATH'], os.environ['WORD']]))\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     import asked
+
     arguments, path, word = measuring.in_new_process(asked.where, 1, "two", checkout=repo, WORD="said")
     assert arguments == ["--child", '["where", 1, "two"]'] and path == str(repo) and word == "said"
 
@@ -95,14 +112,17 @@ def test_the_process_answers_with_the_result(measuring, capsys):
         return [2 * x, None]
 
     measuring.answer('["double", 1.5]', double)
-    assert json.loads(capsys.readouterr().out) == [3., None]
+    assert json.loads(capsys.readouterr().out) == [3.0, None]
 
 
-@pytest.mark.parametrize("check, value, message", [
-    ("checkout", "tests", "holds no act/__init__.py"),
-    ("json_file", "tests", "is no file"),
-    ("usable_device", "gpu", "is no device"),
-])
+@pytest.mark.parametrize(
+    "check, value, message",
+    [
+        ("checkout", "tests", "holds no act/__init__.py"),
+        ("json_file", "tests", "is no file"),
+        ("usable_device", "gpu", "is no device"),
+    ],
+)
 def test_what_cannot_be_used_is_refused_before_anything_is_measured(measuring, repo, check, value, message):
     given = str(repo / value) if value == "tests" else value
     with pytest.raises(argparse.ArgumentTypeError, match=message):
@@ -112,5 +132,9 @@ def test_what_cannot_be_used_is_refused_before_anything_is_measured(measuring, r
 
 def test_a_step_of_the_gpu_depends_on_every_script_that_it_runs(measuring, repo):
     from gpu import with_imports
+
     assert [path.name for path in with_imports(repo / "benchmarks" / "fewshot.py")] == [
-        "fewshot.py", "measuring.py", "tuning.py"]
+        "fewshot.py",
+        "measuring.py",
+        "tuning.py",
+    ]

@@ -1,4 +1,5 @@
 """The script of the guide on what the full profile costs, taken from its page: an array shares the trials."""
+
 import re
 from pathlib import Path
 
@@ -15,7 +16,7 @@ GUIDE = Path(__file__).parents[1] / "nbs" / "guides" / "full_costs.ipynb"
 def script():
     """The Python code in the prose of the guide."""
     prose = "\n".join(cell.source for cell in nbformat.read(GUIDE, 4).cells if cell.cell_type == "markdown")
-    code, = re.findall(r"```python\n(.*?)```", prose, re.S)
+    (code,) = re.findall(r"```python\n(.*?)```", prose, re.S)
     return code
 
 
@@ -30,7 +31,11 @@ def test_the_jobs_of_an_array_do_every_trial_once(tmp_path, monkeypatch):
         monkeypatch.setattr("sys.argv", ["trials.py", str(tmp_path / "own.yaml"), str(tmp_path / "runs")])
         exec(compile(script(), "trials.py", "exec"), {})
         done.append(len(Store(tmp_path / "runs").records()))
-    planned = [run for row in planned_rows("table_2", read_profile(tmp_path / "own.yaml")["table_2"])
-               for runs in trial_runs(*row[:4]).values() for run in runs]
+    planned = [
+        run
+        for row in planned_rows("table_2", read_profile(tmp_path / "own.yaml")["table_2"])
+        for runs in trial_runs(*row[:4]).values()
+        for run in runs
+    ]
     assert done == [1, 2] and len(planned) == 2
     assert all(Store(tmp_path / "runs").get(run) for run in planned)

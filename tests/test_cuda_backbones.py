@@ -1,4 +1,5 @@
 """Encoders on a GPU: the embeddings of the CPU, and ten steps that never wait for a value."""
+
 import copy
 import warnings
 
@@ -16,9 +17,20 @@ pytestmark = [
 ]
 NAMES = ("log-mel", "random:whisper-tiny.en", *(f"random:{name}" for name in WHEELS))
 KINDS = ("group_norm", "layer_norm", "wavlm")
-FAMILIES = ("ast", "whisper", "clap", "wav2vec2", "hubert", "wavlm", "data2vec", "conformer", "sew", "bert",
-            "moonshine")
-UNPADDED = ("wav2vec2", "hubert", "data2vec", "conformer")      # transformers looks at the values of a mask
+FAMILIES = (
+    "ast",
+    "whisper",
+    "clap",
+    "wav2vec2",
+    "hubert",
+    "wavlm",
+    "data2vec",
+    "conformer",
+    "sew",
+    "bert",
+    "moonshine",
+)
+UNPADDED = ("wav2vec2", "hubert", "data2vec", "conformer")  # transformers looks at the values of a mask
 
 
 @pytest.fixture(autouse=True)
@@ -46,18 +58,21 @@ def assert_equals_the_cpu(backbone):
         expected = backbone(x, lengths)
         z = on_gpu(x.cuda(), lengths)
         again = on_gpu(x.cuda(), lengths.cuda())
-        with torch.autocast("cuda", torch.bfloat16): rough = on_gpu(x.cuda(), lengths)
+        with torch.autocast("cuda", torch.bfloat16):
+            rough = on_gpu(x.cuda(), lengths)
     assert z.is_cuda and apart(z.cpu(), expected) <= 1e-3
     assert torch.equal(again, z)
-    assert rough.isfinite().all() and F.cosine_similarity(rough.float().cpu(), expected).min() > .98
+    assert rough.isfinite().all() and F.cosine_similarity(rough.float().cpu(), expected).min() > 0.98
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_encoder_gives_what_it_gives_on_a_cpu(name): assert_equals_the_cpu(load_backbone(name))
+def test_an_encoder_gives_what_it_gives_on_a_cpu(name):
+    assert_equals_the_cpu(load_backbone(name))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_speech_transformer_gives_what_it_gives_on_a_cpu(kind): assert_equals_the_cpu(small_torchaudio(kind))
+def test_a_speech_transformer_gives_what_it_gives_on_a_cpu(kind):
+    assert_equals_the_cpu(small_torchaudio(kind))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -65,7 +80,7 @@ def test_a_hugging_face_model_gives_what_it_gives_on_a_cpu(hub, family):
     assert_equals_the_cpu(load_backbone(f"hf:{hub / family}"))
 
 
-def assert_never_waits(backbone, no_waiting, seconds=(1., .4, 2.3), autocast=True):
+def assert_never_waits(backbone, no_waiting, seconds=(1.0, 0.4, 2.3), autocast=True):
     """Ten forward and backward passes, after one that loads the libraries."""
     backbone = backbone.cuda().train()
     x, lengths = clips(backbone.sample_rate, seconds)
@@ -73,8 +88,10 @@ def assert_never_waits(backbone, no_waiting, seconds=(1., .4, 2.3), autocast=Tru
     for step in range(11):
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
             z = backbone(x, lengths)
-        if z.requires_grad: z.float().square().sum().backward()
-        if step == 0: no_waiting()
+        if z.requires_grad:
+            z.float().square().sum().backward()
+        if step == 0:
+            no_waiting()
     torch.cuda.set_sync_debug_mode("default")
     assert z.isfinite().all()
 
@@ -98,17 +115,17 @@ def test_no_spectrogram_model_waits(hub, family, no_waiting):
 
 @pytest.mark.parametrize("family", UNPADDED)
 def test_no_hugging_face_model_waits_without_padding(hub, family, no_waiting):
-    assert_never_waits(load_backbone(f"hf:{hub / family}"), no_waiting, (1., 1.))
+    assert_never_waits(load_backbone(f"hf:{hub / family}"), no_waiting, (1.0, 1.0))
 
 
 def test_whisper_does_not_wait_for_a_long_clip(no_waiting):
-    assert_never_waits(load_backbone("random:whisper-tiny.en", layer=1), no_waiting, (31., .4))
+    assert_never_waits(load_backbone("random:whisper-tiny.en", layer=1), no_waiting, (31.0, 0.4))
 
 
 def test_an_lstm_has_gradients_in_eval_mode_and_after_a_copy():
     """cuDNN refuses the first otherwise, and warns of the second."""
     backbone = copy.deepcopy(load_backbone("random:ge2e").cuda()).eval()
-    x, lengths = clips(16000, (1., .9))
+    x, lengths = clips(16000, (1.0, 0.9))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*contiguous chunk of memory")
         backbone(x.cuda(), lengths).sum().backward()

@@ -1,4 +1,6 @@
-"""Embedding on a CUDA device: the same numbers as on the CPU, and a loop that does not wait for the device."""
+"""Embedding on a CUDA device: the same numbers as on the CPU, and a loop that does not wait for the
+device."""
+
 from contextlib import nullcontext
 
 import numpy as np
@@ -6,8 +8,16 @@ import pytest
 import torch
 
 from act.backbones import load_backbone
-from act.embeddings import (_sum_of_windows, _window_batches, default_fabric, default_max_samples, embed,
-                            fast_matmul, frozen_embeddings, prefetched)
+from act.embeddings import (
+    _sum_of_windows,
+    _window_batches,
+    default_fabric,
+    default_max_samples,
+    embed,
+    fast_matmul,
+    frozen_embeddings,
+    prefetched,
+)
 from act.tasks import load_task
 
 pytestmark = [
@@ -36,7 +46,7 @@ def relative_error(z, expected):
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-@pytest.mark.parametrize("max_seconds", [None, .3])
+@pytest.mark.parametrize("max_seconds", [None, 0.3])
 def test_the_same_embedding_as_on_the_cpu(name, max_seconds, task, monkeypatch):
     """In true float32 to 1e-4; TF32 rounds to 1e-3."""
     backbone = load_backbone(name)
@@ -45,7 +55,9 @@ def test_the_same_embedding_as_on_the_cpu(name, max_seconds, task, monkeypatch):
     assert relative_error(rounded, expected) < 5e-3
     with monkeypatch.context() as m:
         m.setattr("act.embeddings.fast_matmul", lambda device: nullcontext())
-        m.setattr(torch.backends.cudnn, "allow_tf32", False)     # `cudnn.flags` would also set the products of matrices
+        m.setattr(
+            torch.backends.cudnn, "allow_tf32", False
+        )  # `cudnn.flags` would also set the products of matrices
         exact = on(CUDA, backbone, task, max_seconds=max_seconds)
     assert relative_error(exact, expected) < 1e-4
 
@@ -84,7 +96,7 @@ def test_the_loop_does_not_wait_for_the_device(name, task):
     rows = np.arange(len(task))
     limit = default_max_samples(backbone, CUDA)
     batches = _window_batches(backbone, waves.lengths.numpy(), 32, limit, None)
-    _sum_of_windows(backbone, waves, rows, batches, CUDA)          # tables that are made once
+    _sum_of_windows(backbone, waves, rows, batches, CUDA)  # tables that are made once
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -1,4 +1,5 @@
 """Probes, metrics and geometry on a CUDA device: the numbers of the CPU, whatever TF32 and autocast allow."""
+
 import numpy as np
 import pytest
 import torch
@@ -29,11 +30,11 @@ def clouds():
     g = torch.Generator().manual_seed(0)
     N, D, C = 3000, 128, 12
     y = torch.randint(C, (N,), generator=g)
-    spread = torch.arange(1, D + 1) ** -.7
+    spread = torch.arange(1, D + 1) ** -0.7
     centres = torch.randn(C, D, generator=g) * spread
-    X = .6 * centres[y] + torch.randn(N, D, generator=g) * spread
+    X = 0.6 * centres[y] + torch.randn(N, D, generator=g) * spread
     tags = torch.stack([y % m == 0 for m in (2, 3, 5)], 1).float()
-    unknown = torch.rand(tags.shape, generator=g) < .3
+    unknown = torch.rand(tags.shape, generator=g) < 0.3
     return X, y, tags.masked_fill(unknown, torch.nan)
 
 
@@ -60,7 +61,7 @@ def test_both_probes_give_the_scores_of_the_cpu(clouds, kind):
 def test_the_path_of_penalties_has_the_objectives_of_float64(clouds, kind):
     X, y, tags = clouds
     labels = y if kind == "classes" else tags
-    Cs = [1e-3, .03, 1., 30.]
+    Cs = [1e-3, 0.03, 1.0, 30.0]
     exact = linear_path(X.double(), labels, Cs, tol=1e-9)
     found = linear_path(X.cuda(), labels.cuda(), Cs)
     torch.testing.assert_close(found.objective.cpu().double(), exact.objective, rtol=1e-3, atol=0)
@@ -72,9 +73,9 @@ def test_neighbours_are_those_of_the_cpu(clouds):
     similarity, index = nearest(X[:500], X, 20)
     found, found_index = nearest(X[:500].cuda(), X.cuda(), 20)
     torch.testing.assert_close(found.cpu(), similarity, rtol=0, atol=1e-5)
-    assert (found_index.cpu() == index).float().mean() > .999
+    assert (found_index.cpu() == index).float().mean() > 0.999
     twins = torch.ones(40, 8).cuda()
-    assert nearest(twins[:2], twins, 5)[1].tolist() == [[0, 1, 2, 3, 4]] * 2       # ties by rising index
+    assert nearest(twins[:2], twins, 5)[1].tolist() == [[0, 1, 2, 3, 4]] * 2  # ties by rising index
     probe = KNNProbe().fit(X, tags)
     scores = KNNProbe().fit(X.cuda(), tags.cuda()).predict_proba(X[:500].cuda())
     torch.testing.assert_close(scores.cpu(), probe.predict_proba(X[:500]), rtol=0, atol=1e-3)
@@ -94,4 +95,7 @@ def test_geometry_is_that_of_the_cpu(clouds, kind):
     np.testing.assert_allclose(geometry(X.cuda(), labels), geometry(X, labels), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(purity(X.cuda(), labels), purity(X, labels), rtol=1e-4)
     few = F.one_hot(labels) if kind == "classes" else labels
-    assert geometry(X[:100].cuda(), few[:100].cuda()).index.tolist() == geometry(X[:100], few[:100]).index.tolist()
+    assert (
+        geometry(X[:100].cuda(), few[:100].cuda()).index.tolist()
+        == geometry(X[:100], few[:100]).index.tolist()
+    )

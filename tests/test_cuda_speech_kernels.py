@@ -1,4 +1,6 @@
-"""wav2vec2-base on a GPU: the faster ways of computing give the embeddings and gradients of the libraries' way."""
+"""wav2vec2-base on a GPU: the faster ways of computing give the embeddings and gradients of the libraries'
+way."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,7 @@ def base():
     """wav2vec2-base with random weights in eval mode, three clips of noise, one of them padded."""
     torch.manual_seed(0)
     lengths = torch.tensor([16000, 16000, 7001])
-    x = .1 * torch.randn(3, 16000) * (torch.arange(16000) < lengths[:, None])
+    x = 0.1 * torch.randn(3, 16000) * (torch.arange(16000) < lengths[:, None])
     return load_backbone("wav2vec2-base", pretrained=False).cuda(), x.cuda(), lengths
 
 
@@ -40,8 +42,10 @@ def test_half_precision_is_no_further_from_float32(base):
     exact, exact_grads = gradients(choose(backbone, False), x, lengths)
     results = []
     for fast in (False, True, None):
-        with torch.autocast("cuda", torch.bfloat16): results.append(gradients(choose(backbone, fast), x, lengths))
+        with torch.autocast("cuda", torch.bfloat16):
+            results.append(gradients(choose(backbone, fast), x, lengths))
     assert torch.equal(results[1][0], results[2][0])
-    for z, _ in results: assert F.cosine_similarity(z.float(), exact).min() > .999
+    for z, _ in results:
+        assert F.cosine_similarity(z.float(), exact).min() > 0.999
     errors = [relative_error(grads, exact_grads) for _, grads in results]
-    assert errors[1] <= max(2 * errors[0], .02)
+    assert errors[1] <= max(2 * errors[0], 0.02)

@@ -1,4 +1,5 @@
 """Tuning on a GPU: no step waits for the device, and what is read late is still exact."""
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,8 @@ CONFIG = TuneConfig(passes=24, batch=16, lr=1e-3)
 
 
 @pytest.fixture(scope="module")
-def task(): return load_task("words-8").subset(range(160))
+def task():
+    return load_task("words-8").subset(range(160))
 
 
 def loop_of(task, config):
@@ -30,9 +32,9 @@ def test_ten_steps_do_not_wait_for_the_device(task, method, precision):
     loop = loop_of(task, TuneConfig(method=method, passes=24, batch=16, lr=1e-3, precision=precision))
     first_of_epoch = next(i for i, (epoch, _) in enumerate(loop.order) if epoch == 1)
     assert loop.read_every == 20
-    loop.order = loop.order[:first_of_epoch] * 4                # one long epoch: reading at its end waits
+    loop.order = loop.order[:first_of_epoch] * 4  # one long epoch: reading at its end waits
     loop.advance()
-    loop.advance()                                              # kernels are chosen in the first steps
+    loop.advance()  # kernels are chosen in the first steps
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -55,7 +57,7 @@ def test_the_loss_falls(task, precision):
 
 def test_a_loss_that_is_not_a_number_names_its_step(task, tmp_path):
     class Breaking(torch.nn.Module):
-        calls = -1                                              # the first call tries the loss out
+        calls = -1  # the first call tries the loss out
 
         def forward(self, z, labels):
             self.calls += 1
@@ -78,16 +80,28 @@ def test_a_checkpoint_resumes(task, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tune(load_backbone("random:speech-embedding"), task, config, folder=tmp_path, progress=False, callback=stop)
+        tune(
+            load_backbone("random:speech-embedding"),
+            task,
+            config,
+            folder=tmp_path,
+            progress=False,
+            callback=stop,
+        )
     resumed = tune(load_backbone("random:speech-embedding"), task, config, folder=tmp_path, progress=False)
     whole = tune(load_backbone("random:speech-embedding"), task, config, progress=False)
     assert resumed.log.step.tolist() == whole.log.step.tolist()
-    assert np.allclose(resumed.log.loss, whole.log.loss, rtol=.05)      # bits may differ on a GPU
+    assert np.allclose(resumed.log.loss, whole.log.loss, rtol=0.05)  # bits may differ on a GPU
 
 
 def test_auto_takes_bfloat16_where_the_card_has_it(task):
     expected = "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-    tuned = tune(load_backbone("random:speech-embedding"), task, TuneConfig(passes=2, batch=32, precision="auto"), progress=False)
+    tuned = tune(
+        load_backbone("random:speech-embedding"),
+        task,
+        TuneConfig(passes=2, batch=32, precision="auto"),
+        progress=False,
+    )
     assert tuned.config.precision == expected
 
 

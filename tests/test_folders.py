@@ -105,7 +105,9 @@ def test_companions_in_folders_that_are_split(tmp_path):
 def test_every_usual_name_of_a_side(tmp_path, names):
     task = folder_task(sided(tmp_path / "pets", *names.split()))
     assert task.classes == ("cat", "dog") and counts(task) == dict(train=6, valid=6, test=6)
-    assert all((side == "train") == c.name.lower().startswith("train") for side, c in zip(task.split, task.clips))
+    assert all(
+        (side == "train") == c.name.lower().startswith("train") for side, c in zip(task.split, task.clips)
+    )
 
 
 @pytest.mark.parametrize(
@@ -681,7 +683,10 @@ def test_files_that_decoding_would_refuse_are_refused_at_once(tmp_path, kw):
     if kw.get("nan"):
         x[50] = np.nan
     sf.write(
-        root / "cat" / f"bad.{kw.get('suffix', 'wav')}", x, kw.get("sample_rate", 8000), subtype=kw.get("subtype")
+        root / "cat" / f"bad.{kw.get('suffix', 'wav')}",
+        x,
+        kw.get("sample_rate", 8000),
+        subtype=kw.get("subtype"),
     )
     with refused("1 problem", r"bad\.", "no samples|not credible|not finite|not recognised"):
         folder_task(root)

@@ -1,4 +1,5 @@
 """Geometry: invariances, one-hot rows equal class ids, sampled estimates, error messages."""
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +8,16 @@ from scipy.stats import special_ortho_group
 from sklearn.metrics import silhouette_score
 
 from act.geometry import GeometryError, alignment, effective_rank, geometry, intra_inter_ratio, isoscore
-from act.geometry import label_overlap, map_at_r, neural_collapse, project, purity, sampled, silhouette, uniformity
+from act.geometry import (
+    label_overlap,
+    map_at_r,
+    neural_collapse,
+    project,
+    purity,
+    sampled,
+    silhouette,
+    uniformity,
+)
 
 
 def space(n=400, dim=16, classes=8, seed=0):
@@ -45,7 +55,7 @@ def test_tighter_classes_are_better_by_every_class_measure():
     z, labels = space()
     means = torch.stack([z[labels == c].mean(0) for c in range(8)])[labels]
     loose = geometry(z, labels)
-    tight = geometry(means + .3 * (z - means), labels)
+    tight = geometry(means + 0.3 * (z - means), labels)
     for lower in ("alignment", "intra_inter_ratio", "davies_bouldin", "nc1"):
         assert tight[lower] < loose[lower]
     for higher in ("silhouette", "purity@20", "map@r", "nc4"):
@@ -55,12 +65,12 @@ def test_tighter_classes_are_better_by_every_class_measure():
 def test_random_points_on_the_sphere_are_uniform():
     """In D dimensions the mean Gaussian potential of uniform points is about exp(-2 t + 2 t^2 / D)."""
     z = torch.randn(3000, 64, generator=torch.Generator().manual_seed(0))
-    assert uniformity(z) == pytest.approx(-4 + 8 / 64, abs=.02)
-    assert isoscore(z) > .95 and effective_rank(z) > 60
+    assert uniformity(z) == pytest.approx(-4 + 8 / 64, abs=0.02)
+    assert isoscore(z) > 0.95 and effective_rank(z) > 60
 
 
 def test_isoscore_of_fewer_clips_than_dimensions():
-    assert isoscore(torch.eye(50)[:3]) == pytest.approx(1 / 49, abs=1e-6)      # two even axes of 50
+    assert isoscore(torch.eye(50)[:3]) == pytest.approx(1 / 49, abs=1e-6)  # two even axes of 50
 
 
 def test_silhouette_is_scikit_learns_with_a_lone_clip():
@@ -98,7 +108,7 @@ def plain_map_at_r(z, labels):
 
 def test_map_at_r_is_that_of_a_plain_loop(monkeypatch):
     z, labels = space(200)
-    labels[0], labels[1:3] = 99, 98                      # a clip that is alone, and a class of two
+    labels[0], labels[1:3] = 99, 98  # a clip that is alone, and a class of two
     expected = plain_map_at_r(z, labels)
     assert map_at_r(z, labels) == pytest.approx(expected, abs=1e-6)
     monkeypatch.setattr("act.geometry._BLOCK_ROWS", 7)
@@ -107,7 +117,7 @@ def test_map_at_r_is_that_of_a_plain_loop(monkeypatch):
 
 def test_map_at_r_of_label_sets_is_one_for_the_best_order_only():
     sets = torch.tensor([[1, 1, 0], [1, 1, 0], [1, 0, 0], [0, 0, 1]])
-    angles = torch.tensor([0., .1, .3, 2.])
+    angles = torch.tensor([0.0, 0.1, 0.3, 2.0])
     z = torch.stack([angles.cos(), angles.sin()], 1)
     assert map_at_r(z, sets) == pytest.approx(1)
     assert map_at_r(z[[0, 2, 1, 3]], sets) < 1
@@ -131,7 +141,7 @@ def test_neural_collapse_compares_weights_with_centred_means():
     aligned = neural_collapse(z, labels, 7 * (means - means.mean(0)))
     unrelated = neural_collapse(z, labels, torch.randn(8, 16))
     assert aligned["nc3"] == pytest.approx(0, abs=1e-6)
-    assert unrelated["nc3"] > .5
+    assert unrelated["nc3"] > 0.5
 
 
 def test_projections_have_two_dimensions_and_a_fixed_outcome():

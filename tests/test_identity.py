@@ -1,4 +1,5 @@
 """The name of whatever is cached or resumed changes if, and only if, one of its inputs changes."""
+
 import importlib.metadata
 import json
 import os
@@ -9,7 +10,6 @@ import textwrap
 import threading
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,8 +21,8 @@ from act.audio import Clip, Mixture, waveform_keys
 from act.backbones import Backbone, load_backbone, masked_max, masked_mean, register_backbone
 from act.core import REGISTRIES, code_of, content_of, file_digest, pack_parts, unpack_parts
 from act.embeddings import default_fabric, embed, embedding_identity, fingerprint
-from act.study import Run, Store, execute_all, run_identity, run_key
-from act.tasks import Task, _clip_identities, load_task, register_task
+from act.study import Run, run_key
+from act.tasks import Task, _clip_identities, register_task
 from act.tuning import TuneConfig, TuningError, tune
 
 RATE = 16000
@@ -33,7 +33,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("ACT_CACHE", str(tmp_path / "cache"))
 
 
-def recordings(folder, level=.3, n=12):
+def recordings(folder, level=0.3, n=12):
     """A task of twelve tones of two pitches, made by hand as a user would."""
     folder.mkdir(parents=True)
     for i in range(n):
@@ -51,6 +51,7 @@ def task_of(folder, n=12):
 
 class Bands(Backbone):
     """An encoder of one's own: an option without weights, a buffer that `state_dict` leaves out."""
+
     sample_rate, dim = RATE, 16
 
     def __init__(self, pooling="mean", window=160):
@@ -70,10 +71,12 @@ class Bands(Backbone):
 
 
 class Louder(Bands):
-    def encode(self, x, lengths): return super().encode(2 * x, lengths)
+    def encode(self, x, lengths):
+        return super().encode(2 * x, lengths)
 
 
 # The names of everything that is cached or resumed, as functions of the inputs that `CHANGES` changes
+
 
 def embedding_name(task, backbone, run, precision):
     return embedding_identity(backbone, task, default_fabric(precision)).digest
@@ -85,10 +88,12 @@ def waves_name(task, backbone, run, precision):
 
 def checkpoint_name(task, backbone, run, precision):
     from act.tuning import _run_identity
+
     return _run_identity(backbone, task, run.config, default_fabric(precision)).digest
 
 
-def record_name(task, backbone, run, precision): return run_key(run)
+def record_name(task, backbone, run, precision):
+    return run_key(run)
 
 
 NAMES = dict(embedding=embedding_name, waves=waves_name, checkpoint=checkpoint_name, record=record_name)
@@ -96,6 +101,7 @@ NAMES = dict(embedding=embedding_name, waves=waves_name, checkpoint=checkpoint_n
 
 class Setting:
     """The inputs of every cached thing, one of which a change replaces."""
+
     def __init__(self, folder, monkeypatch):
         self.folder = folder
         self.monkeypatch = monkeypatch
@@ -147,7 +153,7 @@ def weights(s):
 
 def one_file(s):
     samples, sample_rate = sf.read(s.task.clips[3].path)
-    sf.write(s.task.clips[3].path, .99 * samples, sample_rate)
+    sf.write(s.task.clips[3].path, 0.99 * samples, sample_rate)
 
 
 def with_clips(task, change):
@@ -159,23 +165,44 @@ def later(seconds):
 
 
 def mixed(clip):
-    return Mixture((clip, clip), (0., -3.))
+    return Mixture((clip, clip), (0.0, -3.0))
 
 
 def halve_window(module):
-    if isinstance(module, Bands): module.window.mul_(.5)
+    if isinstance(module, Bands):
+        module.window.mul_(0.5)
 
 
-def stretch(s): s.set_task(with_clips(s.task, later(.1)))
-def a_bit_longer(s): s.set_task(with_clips(s.task, later(.1 + 1e-9)))
-def gains(s): s.set_task(with_clips(s.task, mixed))
-def labels(s): s.set_task(replace(s.task, labels=1 - s.task.labels))
-def split(s): s.set_task(replace(s.task, split=s.task.split[::-1]))
+def stretch(s):
+    s.set_task(with_clips(s.task, later(0.1)))
 
 
-def buffer(s): s.set_backbone(Bands(window=160).apply(halve_window))
-def option(s): s.set_backbone(Bands("max"))
-def own_code(s): s.set_backbone(Louder())
+def a_bit_longer(s):
+    s.set_task(with_clips(s.task, later(0.1 + 1e-9)))
+
+
+def gains(s):
+    s.set_task(with_clips(s.task, mixed))
+
+
+def labels(s):
+    s.set_task(replace(s.task, labels=1 - s.task.labels))
+
+
+def split(s):
+    s.set_task(replace(s.task, split=s.task.split[::-1]))
+
+
+def buffer(s):
+    s.set_backbone(Bands(window=160).apply(halve_window))
+
+
+def option(s):
+    s.set_backbone(Bands("max"))
+
+
+def own_code(s):
+    s.set_backbone(Louder())
 
 
 def hook(s):
@@ -188,9 +215,16 @@ def sample_rate(s):
     s.set_backbone(s.backbone)
 
 
-def learning_rate(s): s.run = replace(s.run, options=(("lr", 3e-3), ("passes", 1)))
-def loss(s): s.run = replace(s.run, method="contrastive")
-def seed(s): s.run = replace(s.run, seed=1)
+def learning_rate(s):
+    s.run = replace(s.run, options=(("lr", 3e-3), ("passes", 1)))
+
+
+def loss(s):
+    s.run = replace(s.run, method="contrastive")
+
+
+def seed(s):
+    s.run = replace(s.run, seed=1)
 
 
 def precision(s):
@@ -198,13 +232,32 @@ def precision(s):
     s.run = replace(s.run, options=(("passes", 1), ("precision", "bf16-mixed")))
 
 
-def audio_code(s): s.edit_act("audio", "\nGAIN = 2\n")
-def encoder_code(s): s.edit_act("backbones", "\nGAIN = 2\n")
-def tuning_code(s): s.edit_act("tuning", "\nGAIN = 2\n")
-def study_code(s): s.edit_act("study", "\nGAIN = 2\n")
-def torch_version(s): s.new_version("torch")
-def numpy_version(s): s.new_version("numpy")
-def soxr_version(s): s.new_version("soxr")
+def audio_code(s):
+    s.edit_act("audio", "\nGAIN = 2\n")
+
+
+def encoder_code(s):
+    s.edit_act("backbones", "\nGAIN = 2\n")
+
+
+def tuning_code(s):
+    s.edit_act("tuning", "\nGAIN = 2\n")
+
+
+def study_code(s):
+    s.edit_act("study", "\nGAIN = 2\n")
+
+
+def torch_version(s):
+    s.new_version("torch")
+
+
+def numpy_version(s):
+    s.new_version("numpy")
+
+
+def soxr_version(s):
+    s.new_version("soxr")
 
 
 def device(s):
@@ -213,11 +266,20 @@ def device(s):
 
 
 EVERY = set(NAMES)
-OF_DECODING = (one_file, stretch, a_bit_longer, gains, audio_code, torch_version, numpy_version, soxr_version,
-               sample_rate)
+OF_DECODING = (
+    one_file,
+    stretch,
+    a_bit_longer,
+    gains,
+    audio_code,
+    torch_version,
+    numpy_version,
+    soxr_version,
+    sample_rate,
+)
 OF_ENCODING = weights, buffer, option, own_code, hook, device, encoder_code, precision
 OF_TRAINING = labels, split, tuning_code, learning_rate, loss, seed
-CHANGES = {      # what changes: the names that must change with it; all others must stay
+CHANGES = {  # what changes: the names that must change with it; all others must stay
     **dict.fromkeys(OF_DECODING, EVERY),
     **dict.fromkeys(OF_ENCODING, {"embedding", "checkpoint", "record"}),
     **dict.fromkeys(OF_TRAINING, {"checkpoint", "record"}),
@@ -244,14 +306,17 @@ def moved(s):
 
 
 def touched(s):
-    for clip in s.task.clips: os.utime(clip.path)
+    for clip in s.task.clips:
+        os.utime(clip.path)
 
 
 def comment_in_act(s):
-    for module in ("audio", "tuning", "study", "embeddings"): s.edit_act(module, "\n# a comment\n")
+    for module in ("audio", "tuning", "study", "embeddings"):
+        s.edit_act(module, "\n# a comment\n")
 
 
-def documented_encoder(s): s.backbone.__class__.__doc__ = "Another docstring."
+def documented_encoder(s):
+    s.backbone.__class__.__doc__ = "Another docstring."
 
 
 def display_name(s):
@@ -259,7 +324,8 @@ def display_name(s):
     s.backbone.source = "somewhere"
 
 
-def after_a_forward(s): s.backbone(torch.randn(2, RATE))
+def after_a_forward(s):
+    s.backbone(torch.randn(2, RATE))
 
 
 IRRELEVANT = moved, touched, comment_in_act, documented_encoder, display_name, after_a_forward
@@ -299,6 +365,7 @@ def test_extractor_settings_of_transformers_count():
 
 # Own code, followed as far as it goes
 
+
 def write_module(tmp_path, name, text):
     (tmp_path / f"{name}.py").write_text(textwrap.dedent(text))
 
@@ -313,12 +380,20 @@ ENCODER = """
 """
 
 
-@pytest.mark.parametrize("edit, same", [
-    (lambda t: t, True),
-    (lambda t: t.replace("2.", "3."), False),
-    (lambda t: t.replace("GAIN * x", "GAIN + x"), False),
-    (lambda t: t.replace("def scaled(x): return", 'def scaled(x):\n    "Scaled."  # why\n    return'), True),
-    (lambda t: t + "\n# a comment\n", True)], ids=["same", "constant", "code", "docstring", "comment"])
+@pytest.mark.parametrize(
+    "edit, same",
+    [
+        (lambda t: t, True),
+        (lambda t: t.replace("2.", "3."), False),
+        (lambda t: t.replace("GAIN * x", "GAIN + x"), False),
+        (
+            lambda t: t.replace("def scaled(x): return", 'def scaled(x):\n    "Scaled."  # why\n    return'),
+            True,
+        ),
+        (lambda t: t + "\n# a comment\n", True),
+    ],
+    ids=["same", "constant", "code", "docstring", "comment"],
+)
 def test_own_modules_are_followed(tmp_path, monkeypatch, edit, same):
     monkeypatch.syspath_prepend(str(tmp_path))
     names = []
@@ -329,6 +404,7 @@ def test_own_modules_are_followed(tmp_path, monkeypatch, edit, same):
             sys.modules.pop(name, None)
         shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
         import my_encoder
+
         names.append(code_of(my_encoder.encode))
     assert (names[0] == names[1]) == same
     for name in ("my_layers", "my_encoder"):
@@ -337,9 +413,16 @@ def test_own_modules_are_followed(tmp_path, monkeypatch, edit, same):
 
 def test_closures_defaults_partials_and_lambdas_count():
     from functools import partial
-    def scaled_by(gain): return lambda x: gain * x
-    def shifted(x, by=1): return x + by
-    def shifted_more(x, by=2): return x + by
+
+    def scaled_by(gain):
+        return lambda x: gain * x
+
+    def shifted(x, by=1):
+        return x + by
+
+    def shifted_more(x, by=2):
+        return x + by
+
     shifted_more.__qualname__ = shifted.__qualname__
     assert code_of(scaled_by(2)) == code_of(scaled_by(2))
     assert code_of(scaled_by(2)) != code_of(scaled_by(3))
@@ -349,15 +432,16 @@ def test_closures_defaults_partials_and_lambdas_count():
 
 # What was wrong before, by its symptom
 
+
 def test_each_task_gets_the_embedding_of_its_own_recordings(tmp_path):
-    clean, noisy = recordings(tmp_path / "clean"), recordings(tmp_path / "noisy", level=.03)
+    clean, noisy = recordings(tmp_path / "clean"), recordings(tmp_path / "noisy", level=0.03)
     floor = load_backbone("log-mel")
     first = np.array(embed(floor, clean, progress=False))
     assert not np.array_equal(first, embed(floor, noisy, progress=False))
-    noise = np.random.default_rng(0).normal(size=RATE // 4) * .1
+    noise = np.random.default_rng(0).normal(size=RATE // 4) * 0.1
     for clip in clean.clips:
         sf.write(clip.path, noise, RATE)
-    again = embed(floor, clean, progress=False)             # the same `Task` object, other recordings
+    again = embed(floor, clean, progress=False)  # the same `Task` object, other recordings
     assert not np.array_equal(first, again)
 
 
@@ -370,12 +454,16 @@ def test_each_option_has_its_embedding(tmp_path):
 TINY = TuneConfig(passes=4, batch=8, checkpoint_minutes=0, method="vanilla")
 
 
-@pytest.mark.parametrize("change, named", [
-    (dict(lr=1e-5), "lr (0.001 there, 1e-05 here)"),
-    (dict(seed=1), "seed (0 there, 1 here)"),
-    (dict(passes=8), "passes (4 there, 8 here)"),
-    (dict(batch=4), "batch"),
-    (dict(method="lp-ft"), "method")])
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (dict(lr=1e-5), "lr (0.001 there, 1e-05 here)"),
+        (dict(seed=1), "seed (0 there, 1 here)"),
+        (dict(passes=8), "passes (4 there, 8 here)"),
+        (dict(batch=4), "batch"),
+        (dict(method="lp-ft"), "method"),
+    ],
+)
 def test_checkpoint_of_another_run_is_refused(tmp_path, change, named):
     task = recordings(tmp_path / "a")
     tune(Bands(), task, TINY, folder=tmp_path / "run", progress=False)
@@ -388,7 +476,7 @@ def test_checkpoint_of_another_run_is_refused(tmp_path, change, named):
 
 
 def test_checkpoint_of_another_task_or_encoder_is_refused(tmp_path):
-    task, other = recordings(tmp_path / "a"), recordings(tmp_path / "b", level=.1)
+    task, other = recordings(tmp_path / "a"), recordings(tmp_path / "b", level=0.1)
     options = dict(folder=tmp_path / "run", progress=False)
     tune(Bands(), task, TINY, **options)
     with pytest.raises(TuningError, match="differs in task"):
@@ -403,7 +491,9 @@ def test_checkpoint_of_another_task_or_encoder_is_refused(tmp_path):
 def test_checkpoint_interval_may_change(tmp_path):
     task = recordings(tmp_path / "a")
     whole = tune(Bands(), task, TINY, folder=tmp_path / "run", progress=False)
-    again = tune(Bands(), task, replace(TINY, checkpoint_minutes=5.), folder=tmp_path / "run", progress=False)
+    again = tune(
+        Bands(), task, replace(TINY, checkpoint_minutes=5.0), folder=tmp_path / "run", progress=False
+    )
     assert again.log.loss.tolist() == whole.log.loss.tolist()
 
 
@@ -418,7 +508,7 @@ def test_files_of_an_entry_are_read_again_only_when_they_changed(tmp_path):
 
 # Registered parts in other processes
 
-SCRIPT = '''
+SCRIPT = """
 import sys
 import joblib
 import torch
@@ -459,7 +549,7 @@ if __name__ == "__main__":
     for jobs in [2] if scheduler else [1, 2]:
         for r in main(f"{folder}{jobs}", jobs, *scheduler):
             print(r["status"], r.get("error", ""), r.get("scores", {}).get("test", {}).get("linear"))
-'''
+"""
 
 
 @pytest.fixture
@@ -506,7 +596,7 @@ def test_own_parts_work_on_a_cluster_whose_workers_are_nobodys_children(script, 
     try:
         deadline = time.monotonic() + 60
         while not address.exists() and time.monotonic() < deadline:
-            time.sleep(.1)
+            time.sleep(0.1)
         scheduler = json.loads(address.read_text())["address"]
         lines = printed([sys.executable, script, tmp_path / "store", scheduler])
     finally:
@@ -531,10 +621,11 @@ def test_parts_are_registered_where_they_arrive(registered):
 
 
 def test_parts_of_act_are_not_sent(registered):
-    import act.analysis
-    import act.paper
+    import act.analysis  # noqa: F401
+    import act.paper  # noqa: F401
+
     before = {kind: set(parts) for kind, parts in core._added_parts().items()}
-    assert not {"artefacts", "claims"} & set(before)      # other tests of this process may have added encoders
+    assert not {"artefacts", "claims"} & set(before)  # other tests of this process may have added encoders
     register_task("by-hand")(lambda: None)
     added = {kind: set(parts) for kind, parts in core._added_parts().items()}
     assert added == {**before, "task": before.get("task", set()) | {"by-hand"}}
@@ -549,7 +640,7 @@ def test_parts_of_a_kind_that_is_unknown_where_they_arrive_are_left_out(register
 
 
 def test_a_task_registered_again_is_another(registered, tmp_path):
-    first, second = recordings(tmp_path / "a"), recordings(tmp_path / "b", level=.1)
+    first, second = recordings(tmp_path / "a"), recordings(tmp_path / "b", level=0.1)
     keys = []
     for task in (first, second):
         register_task("by-hand")(lambda task=task: task)
@@ -560,9 +651,10 @@ def test_a_task_registered_again_is_another(registered, tmp_path):
 def test_a_layer_is_the_same_after_a_batch():
     """What a masked layer keeps of its last batch does not name the encoder."""
     from act.encoders import MaskedGroupNorm
+
     layer = MaskedGroupNorm(2, 4)
     before = core.state_of(layer)
     layer.counts = torch.tensor([3, 5])
     assert core.state_of(layer) == before
-    layer.eps = .1
+    layer.eps = 0.1
     assert core.state_of(layer) != before

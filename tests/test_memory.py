@@ -1,4 +1,5 @@
 """Long clips: batches that fit into memory, windows, and results that do not depend on either."""
+
 import os
 import pickle
 import subprocess
@@ -16,11 +17,22 @@ from act import core
 from act.audio import WaveCache
 from act.backbones import Backbone, BackboneError, load_backbone
 from act.core import ActWarning
-from act.embeddings import (EmbeddingError, SampleLimit, batches_by_length, clip_costs, clip_windows,
-                            default_fabric, default_max_samples, embed, embedding_identity, frozen_embeddings,
-                            rounded_length, warn_of_long_clips)
+from act.embeddings import (
+    EmbeddingError,
+    SampleLimit,
+    batches_by_length,
+    clip_costs,
+    clip_windows,
+    default_fabric,
+    default_max_samples,
+    embed,
+    embedding_identity,
+    frozen_embeddings,
+    rounded_length,
+    warn_of_long_clips,
+)
 from act.tasks import SPLITS, Task, TaskError
-from act.tuning import TuneConfig, TuningError, tune
+from act.tuning import TuneConfig, tune
 
 CPU = torch.device("cpu")
 
@@ -28,17 +40,19 @@ CPU = torch.device("cpu")
 @dataclass(frozen=True)
 class Noise:
     """Noise of some seconds with a tone that depends on `index`."""
+
     index: int
     seconds: float
 
     @property
-    def key(self): return f"noise {self.index} of {self.seconds} s"
+    def key(self):
+        return f"noise {self.index} of {self.seconds} s"
 
     def load(self, sample_rate):
         samples = max(1, round(self.seconds * sample_rate))
         noise = torch.randn(samples, generator=torch.Generator().manual_seed(self.index))
-        tone = torch.sin(torch.arange(samples) * (.05 + .01 * (self.index % 7)))
-        return .05 * noise + .2 * tone
+        tone = torch.sin(torch.arange(samples) * (0.05 + 0.01 * (self.index % 7)))
+        return 0.05 * noise + 0.2 * tone
 
 
 def task_of(seconds, multilabel=False, splits=SPLITS):
@@ -60,6 +74,7 @@ def embedded(backbone, task, tmp_path, name, **options):
 
 
 # ---------------------------------------------------------------- batches and windows
+
 
 @given(st.lists(st.integers(1, 5000), max_size=60), st.integers(1, 70), st.integers(1, 9000))
 def test_every_clip_is_in_one_batch_that_fits(lengths, batch, max_samples):
@@ -92,8 +107,10 @@ def test_windows_cover_every_clip_once(lengths, size):
 
 # ---------------------------------------------------------------- the bound
 
+
 def test_what_an_encoder_keeps_decides_the_bound():
     """From 5 MB for a second of audio (speech-embedding) to 17 MB (musicnn); log-mel keeps nothing."""
+
     def seconds(name):
         backbone = load_backbone(name)
         return default_max_samples(backbone, CPU) / backbone.sample_rate
@@ -129,7 +146,8 @@ def test_a_container_leaves_no_more_than_its_limit(tmp_path):
 
 class Spy(Backbone):
     """Records the shapes of its inputs."""
-    name, sample_rate, dim, min_seconds = "spy", 8000, 8, .01
+
+    name, sample_rate, dim, min_seconds = "spy", 8000, 8, 0.01
 
     def __init__(self):
         super().__init__()
@@ -151,6 +169,7 @@ class Spy(Backbone):
 
 class Attention(Spy):
     """Frames of 10 ms whose attention weights (F, F) are kept."""
+
     def encode(self, x, lengths):
         frames, counts = super().encode(x, lengths)
         logits = frames @ frames.mT
@@ -164,18 +183,18 @@ def test_attention_makes_a_long_clip_cost_more_than_its_length():
     for backbone in (attention, spy):
         limit = default_max_samples(backbone, CPU, longest=8000 * 60)
         assert (limit.growth > 0) == (backbone is attention)
-        assert default_max_samples(backbone, CPU, longest=8000 * 4).growth == 0      # not measured
+        assert default_max_samples(backbone, CPU, longest=8000 * 4).growth == 0  # not measured
         bytes_per_sample = embeddings._batch_bytes(CPU) / limit
         for seconds in (1, 4, 30):
             _, kept = embeddings._kept_by_noise(backbone, CPU, seconds)
-            cost, = clip_costs(backbone, [8000 * seconds], limit)
+            (cost,) = clip_costs(backbone, [8000 * seconds], limit)
             assert kept <= 1.01 * cost * bytes_per_sample <= 1.03 * (kept + 64 * 8000 * seconds)
 
 
 def test_batches_of_long_clips_hold_fewer_samples(tmp_path, monkeypatch):
     """A batch of 20 s costs (F, F) weights of 2000 frames each, 32 MB; one of 1 s costs 400 times less."""
     monkeypatch.setattr(embeddings, "CPU_BYTES", 100e6)
-    task = task_of([20.] * 6 + [1.] * 60)
+    task = task_of([20.0] * 6 + [1.0] * 60)
     attention = Attention()
     z = embedded(attention, task, tmp_path, "bounded")
     shapes = [shape for shape in attention.shapes if shape[1] not in (8000 * 4,)]
@@ -185,29 +204,31 @@ def test_batches_of_long_clips_hold_fewer_samples(tmp_path, monkeypatch):
 
 
 def test_a_limit_is_a_number_that_travels():
-    limit = pickle.loads(pickle.dumps(SampleLimit(1000, .5)))
-    assert limit == 1000 and limit.growth == .5 and min(limit, 2000) == 1000
+    limit = pickle.loads(pickle.dumps(SampleLimit(1000, 0.5)))
+    assert limit == 1000 and limit.growth == 0.5 and min(limit, 2000) == 1000
 
 
 def test_a_clip_that_does_not_fit_is_announced_with_the_remedy(monkeypatch):
     attention, lengths = Attention(), np.array([8000, 8000 * 600])
     monkeypatch.setattr(embeddings, "free_bytes", lambda device: 2**32)
     limit = default_max_samples(attention, CPU, lengths.max())
-    with pytest.warns(ActWarning, match="spy: a clip of 600 s may need .* GiB, 4 GiB are free: set max_seconds=") as record:
+    with pytest.warns(
+        ActWarning, match="spy: a clip of 600 s may need .* GiB, 4 GiB are free: set max_seconds="
+    ) as record:
         warn_of_long_clips(attention, lengths, limit, CPU)
     seconds = float(str(record[0].message).split("max_seconds=")[1].split()[0])
-    fitting, = clip_costs(attention, [int(8000 * seconds)], limit)
-    above, = clip_costs(attention, [int(8000 * (seconds + .2))], limit)
+    (fitting,) = clip_costs(attention, [int(8000 * seconds)], limit)
+    (above,) = clip_costs(attention, [int(8000 * (seconds + 0.2))], limit)
     assert fitting <= limit < above
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_of_long_clips(attention, lengths[:1], limit, CPU)
-        warn_of_long_clips(attention, lengths, 10**6, CPU)              # asked for by the user
+        warn_of_long_clips(attention, lengths, 10**6, CPU)  # asked for by the user
 
 
 def test_tuning_announces_a_clip_that_does_not_fit(monkeypatch):
     """With 60 bytes free no clip fits, and the remedy stands before the first step."""
-    task = task_of([20.] * 6)
+    task = task_of([20.0] * 6)
     monkeypatch.setattr(embeddings, "free_bytes", lambda device: 60)
     config = TuneConfig(method="vanilla", passes=1, batch=2)
     with pytest.warns(ActWarning, match="spy: a clip of 20 s may need .*: set max_seconds="):
@@ -217,7 +238,7 @@ def test_tuning_announces_a_clip_that_does_not_fit(monkeypatch):
         tune(Attention(), task, replace(config, max_samples=10**9), progress=False)
 
 
-MIXED = [.1, .12, .3, 2., .05, .1, .4, .25, .11, .1, 1., .3, .2, .1, .15, .1, .1, .6]
+MIXED = [0.1, 0.12, 0.3, 2.0, 0.05, 0.1, 0.4, 0.25, 0.11, 0.1, 1.0, 0.3, 0.2, 0.1, 0.15, 0.1, 0.1, 0.6]
 
 
 def test_no_batch_exceeds_the_bound(tmp_path):
@@ -231,7 +252,7 @@ def test_no_batch_exceeds_the_bound(tmp_path):
         whole = TuneConfig(passes=2, batch=16, max_samples=bound, patience=1)
         tune(spy, task, whole, progress=False, inplace=True)
         assert spy.costs()[0] <= max(bound, rounded_length(longest))
-        cropped = TuneConfig(passes=2, batch=16, max_samples=bound, max_seconds=.1, method="lp-ft")
+        cropped = TuneConfig(passes=2, batch=16, max_samples=bound, max_seconds=0.1, method="lp-ft")
         tune(spy, task, cropped, progress=False, inplace=True)
         assert spy.costs()[0] <= max(bound, rounded_length(800))
 
@@ -239,16 +260,18 @@ def test_no_batch_exceeds_the_bound(tmp_path):
 def test_a_micro_batch_has_no_more_rows_than_asked():
     spy = Spy()
     tune(spy, task_of(MIXED), TuneConfig(passes=2, batch=12, micro_batch=5), progress=False, inplace=True)
-    assert spy.costs()[1] == 4      # twelve rows in three parts, of which none exceeds five
+    assert spy.costs()[1] == 4  # twelve rows in three parts, of which none exceeds five
 
 
 # ---------------------------------------------------------------- the same results
 
-COMPANY = [.0001, .005, .02, .3, 1., .04, 2.6, .0001, .7, 1.6]        # seconds; two have only a few samples
+COMPANY = [0.0001, 0.005, 0.02, 0.3, 1.0, 0.04, 2.6, 0.0001, 0.7, 1.6]  # seconds; two have only a few samples
 
 
-@pytest.mark.parametrize("name", [
-    "log-mel", *(f"random:{n}" for n in ("speech-embedding", "musicnn-vgg", "musicnn", "aisfx", "ge2e"))])
+@pytest.mark.parametrize(
+    "name",
+    ["log-mel", *(f"random:{n}" for n in ("speech-embedding", "musicnn-vgg", "musicnn", "aisfx", "ge2e"))],
+)
 def test_a_clip_embeds_the_same_in_any_company(name, tmp_path):
     backbone, task = load_backbone(name), task_of(COMPANY)
     together = embedded(backbone, task, tmp_path, "together")
@@ -263,7 +286,7 @@ def test_a_clip_embeds_the_same_in_any_company(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["log-mel", "random:speech-embedding", "random:musicnn-vgg"])
-@pytest.mark.parametrize("max_seconds", [.5, .3])
+@pytest.mark.parametrize("max_seconds", [0.5, 0.3])
 def test_windows_are_averaged_by_their_length(name, max_seconds, tmp_path):
     backbone, task = load_backbone(name), task_of(COMPANY)
     windowed = embedded(backbone, task, tmp_path, "windowed", max_seconds=max_seconds)
@@ -278,42 +301,55 @@ def test_windows_are_averaged_by_their_length(name, max_seconds, tmp_path):
 
 def test_windows_have_a_file_of_their_own_and_bounds_have_not(tmp_path):
     backbone, task = load_backbone("log-mel"), task_of(COMPANY)
-    bounds, windows = (dict(max_samples=5000), dict(batch=3)), (dict(max_seconds=s) for s in (1., 1., .5))
-    for options in ({}, *bounds, *windows): embed(backbone, task, folder=tmp_path, progress=False, **options)
+    bounds, windows = (dict(max_samples=5000), dict(batch=3)), (dict(max_seconds=s) for s in (1.0, 1.0, 0.5))
+    for options in ({}, *bounds, *windows):
+        embed(backbone, task, folder=tmp_path, progress=False, **options)
     assert len(list(tmp_path.glob("*.npy"))) == 3
 
 
-@pytest.mark.parametrize("field, value", [
-    *(("batch", v) for v in (0, 2., None, True, "64")), *(("max_samples", v) for v in (0, -1, 1e6, "1")),
-    *(("max_seconds", v) for v in (0, -1., float("nan"), float("inf"), "10"))])
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        *(("batch", v) for v in (0, 2.0, None, True, "64")),
+        *(("max_samples", v) for v in (0, -1, 1e6, "1")),
+        *(("max_seconds", v) for v in (0, -1.0, float("nan"), float("inf"), "10")),
+    ],
+)
 def test_settings_that_cannot_be_are_named(field, value):
     with pytest.raises(EmbeddingError, match=f"^{field}={value!r}: must be") as error:
-        embed(load_backbone("log-mel"), task_of([1.]), **{field: value})
+        embed(load_backbone("log-mel"), task_of([1.0]), **{field: value})
     assert "\n" not in str(error.value)
 
 
 def test_chunks_that_are_gathered_change_nothing(tmp_path, monkeypatch):
     backbone, task = load_backbone("random:musicnn-vgg"), task_of(COMPANY)
-    for options in (dict(batch=3), dict(max_seconds=.3, batch=3)):
+    for options in (dict(batch=3), dict(max_seconds=0.3, batch=3)):
         whole = embedded(backbone, task, tmp_path, f"whole {options}", **options)
         monkeypatch.setattr(embeddings, "GATHERED_BYTES", 1)
         assert np.array_equal(embedded(backbone, task, tmp_path, f"chunks {options}", **options), whole)
         monkeypatch.undo()
         monkeypatch.setenv("ACT_CACHE", str(tmp_path / "cache"))
         rows = np.array([3, 0, 6])
-        part = frozen_embeddings(backbone, task.waveforms(backbone.sample_rate), rows, 2, CPU,
-                                 max_seconds=options.get("max_seconds"))
+        part = frozen_embeddings(
+            backbone,
+            task.waveforms(backbone.sample_rate),
+            rows,
+            2,
+            CPU,
+            max_seconds=options.get("max_seconds"),
+        )
         assert np.allclose(part, whole[rows], rtol=1e-4, atol=1e-5 * np.abs(whole).max())
 
 
 def test_embedding_has_the_precision_of_its_fabric(tmp_path):
-    backbone, task = load_backbone("random:speech-embedding"), task_of([.5] * 6)
+    backbone, task = load_backbone("random:speech-embedding"), task_of([0.5] * 6)
     exact, coarse = (default_fabric(precision) for precision in ("32-true", "bf16-mixed"))
     z = {fabric: embedded(backbone, task, tmp_path, "z", fabric=fabric) for fabric in (exact, coarse)}
-    assert embedding_identity(backbone, task, exact).differing(embedding_identity(backbone, task, coarse)) == [
-        'precision ("bf16-mixed" there, "32-true" here)']
+    assert embedding_identity(backbone, task, exact).differing(
+        embedding_identity(backbone, task, coarse)
+    ) == ['precision ("bf16-mixed" there, "32-true" here)']
     error = np.abs(z[exact] - z[coarse]).max() / np.abs(z[exact]).max()
-    assert z[coarse].dtype == np.float32 and 1e-5 < error < .05
+    assert z[coarse].dtype == np.float32 and 1e-5 < error < 0.05
     waves, rows = task.waveforms(backbone.sample_rate), np.arange(6)
     assert np.array_equal(frozen_embeddings(backbone, waves, rows, 64, CPU, fabric=coarse), z[coarse])
 
@@ -328,15 +364,23 @@ def test_lengths_reach_the_encoder_on_the_cpu_as_whole_numbers(tmp_path):
 
 
 def test_no_clips_have_no_embeddings():
-    waves = task_of([1.]).waveforms(16000)
+    waves = task_of([1.0]).waveforms(16000)
     assert frozen_embeddings(load_backbone("log-mel"), waves, [], 64, CPU).shape == (0, 128)
 
 
-@pytest.mark.parametrize("multilabel, options", [
-    (False, dict(method="contrastive")), (False, dict(method="contrastive", views=3, micro_batch=4)),
-    (False, dict(method="vanilla")), (False, dict(method="vanilla", augment=None)),
-    (True, dict(method="contrastive", loss="jaccard")), (True, dict(method="contrastive", loss="mulsupcon")),
-    (True, dict(method="vanilla", loss="bce")), (True, dict(method="vanilla", loss="asymmetric"))])
+@pytest.mark.parametrize(
+    "multilabel, options",
+    [
+        (False, dict(method="contrastive")),
+        (False, dict(method="contrastive", views=3, micro_batch=4)),
+        (False, dict(method="vanilla")),
+        (False, dict(method="vanilla", augment=None)),
+        (True, dict(method="contrastive", loss="jaccard")),
+        (True, dict(method="contrastive", loss="mulsupcon")),
+        (True, dict(method="vanilla", loss="bce")),
+        (True, dict(method="vanilla", loss="asymmetric")),
+    ],
+)
 def test_a_bound_changes_no_loss_beyond_rounding(multilabel, options):
     """Nor any augmented view. (LP-FT is left out: its first stage magnifies rounding.)"""
     task = task_of(MIXED, multilabel, splits=("train", "train", "valid"))
@@ -345,7 +389,7 @@ def test_a_bound_changes_no_loss_beyond_rounding(multilabel, options):
     for column in ("loss", "valid_loss"):
         assert np.allclose(whole.log[column], cut.log[column], rtol=1e-4, equal_nan=True)
     start, one, other = (backbone.net.weight for backbone in (Spy(), whole.backbone, cut.backbone))
-    assert 0 < (one - start).norm() and (one - other).norm() < .02 * (one - start).norm()
+    assert 0 < (one - start).norm() and (one - other).norm() < 0.02 * (one - start).norm()
 
 
 def test_a_bound_gives_the_gradient_of_the_whole_batch(monkeypatch):
@@ -366,20 +410,23 @@ def test_long_clips_are_cropped_anew_in_every_view(monkeypatch):
     read, starts = WaveCache.batch, [set(), set(), set(), set()]
 
     def batch(self, indices, start, samples, *width):
-        for i, s in zip(indices.tolist(), start.tolist()): starts[i].add(s)
+        for i, s in zip(indices.tolist(), start.tolist()):
+            starts[i].add(s)
         assert (start + samples <= self.lengths.numpy()[indices]).all()
         return read(self, indices, start, samples, *width)
 
     monkeypatch.setattr(WaveCache, "batch", batch)
-    spy, task = Spy(), task_of([.1, 1., 1.5, .1], splits=("train",))
-    tune(spy, task, TuneConfig(passes=10, batch=8, max_seconds=.1, augment=None), progress=False, inplace=True)
-    assert starts[0] == starts[3] == {0} and len(starts[1]) >= 8 and len(starts[2]) >= 8      # ten views each
+    spy, task = Spy(), task_of([0.1, 1.0, 1.5, 0.1], splits=("train",))
+    tune(
+        spy, task, TuneConfig(passes=10, batch=8, max_seconds=0.1, augment=None), progress=False, inplace=True
+    )
+    assert starts[0] == starts[3] == {0} and len(starts[1]) >= 8 and len(starts[2]) >= 8  # ten views each
     assert spy.costs() == (8 * 800, 8)
 
 
 def test_crops_follow_from_the_seed():
-    task = task_of([.1, 1., 1.5, .1], splits=("train",))
-    config = TuneConfig(passes=4, batch=8, max_seconds=.1)
+    task = task_of([0.1, 1.0, 1.5, 0.1], splits=("train",))
+    config = TuneConfig(passes=4, batch=8, max_seconds=0.1)
 
     def losses(seed):
         return tune(Spy(), task, replace(config, seed=seed), progress=False).log.loss.tolist()
@@ -389,11 +436,13 @@ def test_crops_follow_from_the_seed():
 
 
 def test_a_clip_that_is_too_short_is_named_before_the_first_step():
-    class Hasty(Spy): min_seconds = 0.
+    class Hasty(Spy):
+        min_seconds = 0.0
 
-    def stepped(*_): pytest.fail("a step was taken")
+    def stepped(*_):
+        pytest.fail("a step was taken")
 
-    task = task_of([1.] * 40 + [.005], splits=("train",))
+    task = task_of([1.0] * 40 + [0.005], splits=("train",))
     with pytest.raises(BackboneError, match="a clip of 40 samples .*set Hasty.min_seconds") as error:
         tune(Hasty(), task, TuneConfig(batch=4), progress=False, callback=stepped)
     assert "\n" not in str(error.value)
@@ -401,7 +450,7 @@ def test_a_clip_that_is_too_short_is_named_before_the_first_step():
 
 def test_a_task_without_training_clips_is_named():
     with pytest.raises(TaskError, match="task noises: .*no train"):
-        tune(Spy(), task_of([1., 1.], splits=("test",)), progress=False)
+        tune(Spy(), task_of([1.0, 1.0], splits=("test",)), progress=False)
 
 
 # ---------------------------------------------------------------- memory itself
@@ -439,14 +488,16 @@ def measured(peak_memory, repo, seconds, **options):
 
 def test_a_long_clip_costs_its_own_length(peak_memory, repo):
     """6 s among seventeen of a quarter of a second; padded to 6 s, a batch would keep over a gigabyte."""
-    before, after = measured(peak_memory, repo, [6.] + [.25] * 17, passes=2, batch=12, max_samples=6 * 16000)
-    assert after - before < .4e9
+    before, after = measured(
+        peak_memory, repo, [6.0] + [0.25] * 17, passes=2, batch=12, max_samples=6 * 16000
+    )
+    assert after - before < 0.4e9
 
 
 @pytest.mark.slow
 def test_five_clips_of_a_minute_among_two_hundred_of_a_second(peak_memory, repo):
     """With the default settings; padded batches took more than 20 GB."""
-    _, after = measured(peak_memory, repo, [1.] * 200 + [60.] * 5, passes=2)
+    _, after = measured(peak_memory, repo, [1.0] * 200 + [60.0] * 5, passes=2)
     assert after < 4e9
 
 
@@ -485,5 +536,5 @@ def test_processes_with_different_shares_of_the_long_clips_tune_like_one(method,
         results.append(torch.load(tmp_path / "out.pt", weights_only=False))
     (one, z), (two, z2) = results
     moved = (one["net.weight"] - Spy().net.weight).norm()
-    assert (one["net.weight"] - two["net.weight"]).norm() < .05 * moved
+    assert (one["net.weight"] - two["net.weight"]).norm() < 0.05 * moved
     assert np.allclose(z, z2, rtol=1e-5, atol=1e-6)

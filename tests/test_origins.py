@@ -70,7 +70,9 @@ def test_the_type_of_samples_does_not_matter():
     assert arrays(changed(3, SOUNDS[3, :-1])).clips[3].duration == 799 / RATE
 
 
-@pytest.mark.parametrize("labels", [IDS.tolist(), torch.from_numpy(IDS), IDS[:, None], NAMES, np.array(NAMES), IDS.astype(float)])
+@pytest.mark.parametrize(
+    "labels", [IDS.tolist(), torch.from_numpy(IDS), IDS[:, None], NAMES, np.array(NAMES), IDS.astype(float)]
+)
 def test_the_form_of_single_labels_does_not_matter(labels):
     task = arrays(y=labels, groups=SPEAKERS)
     assert task.digest == arrays(groups=SPEAKERS).digest and task.classes == CLASSES
@@ -81,7 +83,10 @@ def test_the_form_of_several_labels_does_not_matter():
     hot = np.eye(2)[IDS]
     hot[0] = 1
     named = [[c for c, on in zip(CLASSES, row) if on] for row in hot]
-    tasks = [arrays(y=y) for y in (hot, torch.from_numpy(hot).bool(), named, hot.tolist(), [set(row) for row in named])]
+    tasks = [
+        arrays(y=y)
+        for y in (hot, torch.from_numpy(hot).bool(), named, hot.tolist(), [set(row) for row in named])
+    ]
     assert len({task.digest for task in tasks}) == 1 and tasks[0].multilabel
     with pytest.warns(ActWarning, match="1 of 24 clips have no label"):
         assert arrays(y=changed(1, [], named)).labels[1].sum() == 0
@@ -106,15 +111,23 @@ def test_clips_of_arrays_are_kept_as_they_were():
     before = task.digest
     x[:] = 0
     again = pickle.loads(pickle.dumps(task))
-    assert task.digest == again.digest == before and torch.equal(again.clips[2].load(RATE), torch.from_numpy(SOUNDS[2]))
+    assert task.digest == again.digest == before and torch.equal(
+        again.clips[2].load(RATE), torch.from_numpy(SOUNDS[2])
+    )
 
 
 @pytest.mark.parametrize(
     "given, parts",
     [
-        (dict(x=changed(3, SOUNDS[3] * np.nan)), ["arrays: 1 problem: row 3: holds samples that are not finite"]),
+        (
+            dict(x=changed(3, SOUNDS[3] * np.nan)),
+            ["arrays: 1 problem: row 3: holds samples that are not finite"],
+        ),
         (dict(x=changed(3, [])), ["row 3: holds no samples"]),
-        (dict(x=changed(3, SOUNDS[3] * 20000)), ["row 3: has samples up to \\d+: scale them", "divide by 32768"]),
+        (
+            dict(x=changed(3, SOUNDS[3] * 20000)),
+            ["row 3: has samples up to \\d+: scale them", "divide by 32768"],
+        ),
         (dict(x=changed(3, np.zeros((800, 2)))), ["row 3: has the shape \\(800, 2\\)", "\\(channels, T\\)"]),
         (dict(x=(SOUNDS * 100).astype(int)), ["row 0 and 23 more: has samples of type int64"]),
         (dict(x=changed(3, "dog")), ["row 3: has the shape \\(\\)"]),
@@ -132,7 +145,10 @@ def test_clips_of_arrays_are_kept_as_they_were():
         (dict(y=changed(3, None, np.eye(2)[IDS].tolist())), ["row 3: has no label"]),
         (dict(y=changed(3, None, IDS[:, None].tolist())), ["row 3: has no label"]),
         (dict(y=changed(3, 2, IDS)), ["class ids \\[2\\] are beyond the 2 classes"]),
-        (dict(y=changed(3, "dgo", NAMES)), ["labels \\['dgo'\\] are none of the classes, such as \\['dog'\\]"]),
+        (
+            dict(y=changed(3, "dgo", NAMES)),
+            ["labels \\['dgo'\\] are none of the classes, such as \\['dog'\\]"],
+        ),
         (dict(y=changed(3, 1, NAMES)), ["row 3 has the label 1 beside names"]),
         (dict(y=IDS + 0.5), ["row 0 has the label 0.5"]),
         (dict(y=np.eye(3)[IDS]), ["multi-hot rows of 3, but 2 classes"]),
@@ -141,7 +157,10 @@ def test_clips_of_arrays_are_kept_as_they_were():
         (dict(y=None), ["None is no list"]),
         (dict(x=None), ["waveforms=None: give a list"]),
         (dict(y=np.zeros(N)), ["1 class; at least 2"]),
-        *[(dict(sample_rate=rate), ["arrays: sample_rate=", "give whole Hz"]) for rate in (0, 44.1, -8000, None, "8000")],
+        *[
+            (dict(sample_rate=rate), ["arrays: sample_rate=", "give whole Hz"])
+            for rate in (0, 44.1, -8000, None, "8000")
+        ],
     ],
 )
 def test_what_is_wrong_with_arrays_is_one_line(given, parts):
@@ -166,7 +185,8 @@ def hf(tmp_path_factory):
 def cells():
     """Encoded recordings in several formats, as a column of type Audio stores them."""
     return [
-        dict(bytes=encoded(x, FORMATS[i % 3]), path=f"{i}.{FORMATS[i % 3].lower()}") for i, x in enumerate(SOUNDS)
+        dict(bytes=encoded(x, FORMATS[i % 3]), path=f"{i}.{FORMATS[i % 3].lower()}")
+        for i, x in enumerate(SOUNDS)
     ]
 
 
@@ -183,7 +203,8 @@ def table(hf):
 
 @pytest.fixture(scope="module")
 def parquet(table, tmp_path_factory):
-    """A folder of Parquet files, with a test side and none for validation; its name is no name of a data set."""
+    """A folder of Parquet files, with a test side and none for validation; its name is no name of a data
+    set."""
     folder = tmp_path_factory.mktemp("data") / "my sounds@2:3#x"
     folder.mkdir()
     table.select(range(18)).to_parquet(folder / "train-00000-of-00001.parquet")
@@ -199,7 +220,9 @@ def test_a_table_is_a_task(table, tmp_path):
     for i, clip in enumerate(task.clips[:3]):
         path = tmp_path / f"{i}.{FORMATS[i].lower()}"
         path.write_bytes(cells()[i]["bytes"])
-        assert torch.allclose(waves[i], read_audio(path, RATE), atol=2e-5) and clip.duration == pytest.approx(0.1, abs=0.1)
+        assert torch.allclose(waves[i], read_audio(path, RATE), atol=2e-5) and clip.duration == pytest.approx(
+            0.1, abs=0.1
+        )
     assert task.show() and task.summary()["hours"].sum() > 0
     again = pickle.loads(pickle.dumps(task))
     assert again.digest == task.digest and torch.equal(again.clips[1].load(16000), task.clips[1].load(16000))
@@ -211,8 +234,13 @@ def test_the_form_of_a_column_does_not_matter(table):
     by_name = Task.from_dataset(table, label="name", classes=CLASSES)
     assert plain.digest == by_name.digest == Task.from_dataset(formatted).digest
     assert Task.from_dataset(table, split="fold").split.tolist() == ["train", "valid", "test"] * 8
-    assert Task.from_dataset(table, split=["train", "dev", "test"] * 8).digest == Task.from_dataset(table, split="fold").digest
-    assert Task.from_dataset(table, groups=SPEAKERS).digest == Task.from_dataset(table, groups="speaker").digest
+    assert (
+        Task.from_dataset(table, split=["train", "dev", "test"] * 8).digest
+        == Task.from_dataset(table, split="fold").digest
+    )
+    assert (
+        Task.from_dataset(table, groups=SPEAKERS).digest == Task.from_dataset(table, groups="speaker").digest
+    )
     mixed = table.shuffle(seed=0).filter(lambda name: name == "dog", input_columns="name")
     with refused("1 class; at least 2"):
         Task.from_dataset(mixed, label="name")
@@ -232,7 +260,10 @@ def test_bytes_identify_a_recording(table, hf, tmp_path):
     cell = cells()[5]
     sf.write(tmp_path / "5.wav", SOUNDS[4], RATE)
     kinds = table.features
-    for other in (dict(bytes=encoded(SOUNDS[4], "WAV"), path=cell["path"]), dict(bytes=None, path=str(tmp_path / "5.wav"))):
+    for other in (
+        dict(bytes=encoded(SOUNDS[4], "WAV"), path=cell["path"]),
+        dict(bytes=None, path=str(tmp_path / "5.wav")),
+    ):
         columns = {name: table[name][:] for name in table.column_names if name != "audio"}
         again = hf.Dataset.from_dict(dict(columns, audio=changed(5, other, cells()))).cast(kinds)
         again = Task.from_dataset(again)
@@ -253,7 +284,11 @@ def test_sides_are_mapped_and_missing_ones_drawn(table, hf):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         alone = Task.from_dataset(dict(train=table), groups="speaker")
-        whole = dict(train=table.select(range(12)), validation=table.select(range(12, 18)), test=table.select(range(18, N)))
+        whole = dict(
+            train=table.select(range(12)),
+            validation=table.select(range(12, 18)),
+            test=table.select(range(18, N)),
+        )
         assert counts(Task.from_dataset(whole)) == dict(train=12, valid=6, test=6)
     assert alone.split.tolist() == Task.from_dataset(table, groups="speaker").split.tolist()
     halves = {"train.a": table.select(range(9)), "train.b": table.select(range(9, 18)), "other": table}
@@ -265,10 +300,18 @@ def test_what_is_wrong_with_a_table_is_one_line(table, hf):
     def of(**settings):
         return Task.from_dataset(settings.pop("ds", table), **settings)
 
-    unlabelled = table.remove_columns("label").add_column("label", [-1] * N).cast_column("label", table.features["label"])
+    unlabelled = (
+        table.remove_columns("label")
+        .add_column("label", [-1] * N)
+        .cast_column("label", table.features["label"])
+    )
     some = changed(3, -1, table["label"][:])
-    some = table.remove_columns("label").add_column("label", some).cast_column("label", table.features["label"])
-    other_names = table.rename_column("label", "x").rename_column("name", "label").class_encode_column("label")
+    some = (
+        table.remove_columns("label").add_column("label", some).cast_column("label", table.features["label"])
+    )
+    other_names = (
+        table.rename_column("label", "x").rename_column("name", "label").class_encode_column("label")
+    )
     renamed = table.rename_column("audio", "sound")
     nan = encoded(SOUNDS[3] * np.nan, "WAV", subtype="FLOAT")
     columns = {name: table[name][:] for name in table.column_names if name != "audio"}
@@ -281,7 +324,10 @@ def test_what_is_wrong_with_a_table_is_one_line(table, hf):
         (dict(audio="name"), ["the column 'name' holds", "not Audio: ds.cast_column"]),
         (dict(label="lable"), ["has no column 'lable'", "such as label='label'"]),
         (dict(groups="speakr"), ["has no column 'speakr'", "such as groups='speaker'"]),
-        (dict(ds=dict(train=table, test=unlabelled)), ["split 'test' has no labels \\(24 rows", "split={'train'"]),
+        (
+            dict(ds=dict(train=table, test=unlabelled)),
+            ["split 'test' has no labels \\(24 rows", "split={'train'"],
+        ),
         (dict(ds=some), ["1 problem: row 3: has no label"]),
         (dict(ds=dict(train=table, test=some)), ["1 problem: test row 3: has no label"]),
         (dict(ds=with_cell(dict(bytes=b"woof", path="3.wav"))), ["1 problem: row 3: cannot be decoded"]),
@@ -291,7 +337,10 @@ def test_what_is_wrong_with_a_table_is_one_line(table, hf):
         (dict(ds=with_cell(dict(bytes=None, path="/absent/3.wav"))), ["/absent/3.wav: does not exist"]),
         (dict(ds=with_cell(None)), ["row 3: holds no recording"]),
         (dict(ds=table.to_iterable_dataset()), ["IterableDataset has no rows", "streaming=False"]),
-        (dict(ds=dict(train=table, unsupervised=table)), ["split 'unsupervised' is none of train", "split={'unsuper"]),
+        (
+            dict(ds=dict(train=table, unsupervised=table)),
+            ["split 'unsupervised' is none of train", "split={'unsuper"],
+        ),
         (dict(ds=dict(train=table), split=dict(tarin="train")), ["has no split 'tarin', only train"]),
         (dict(ds=dict(train=table, test=other_names)), ["have different class names"]),
         (dict(ds=dict(train=table), groups=SPEAKERS), ["groups= names a column"]),
@@ -339,8 +388,16 @@ def test_items_of_torchaudio_are_a_task():
     "items, settings, parts",
     [
         ([(x, y) for x, y in zip(SOUNDS, IDS)], {}, ["list: row 0: has 2 fields", "give sample_rate="]),
-        ([(x, RATE, y) for x, y in zip(SOUNDS, IDS)], dict(sample_rate=RATE), ["all labels are 8000", "leave out"]),
-        ([(x, RATE, y) for x, y in zip(SOUNDS, IDS)], dict(label="name"), ["label='name': the items are tuples"]),
+        (
+            [(x, RATE, y) for x, y in zip(SOUNDS, IDS)],
+            dict(sample_rate=RATE),
+            ["all labels are 8000", "leave out"],
+        ),
+        (
+            [(x, RATE, y) for x, y in zip(SOUNDS, IDS)],
+            dict(label="name"),
+            ["label='name': the items are tuples"],
+        ),
         ([(x, RATE, y) for x, y in zip(SOUNDS, IDS)], dict(groups=3), ["has 3 fields, so none is groups=3"]),
         ([(x, 0, y) for x, y in zip(SOUNDS, IDS)], {}, ["sample_rate=0: give whole Hz"]),
         ([(x, RATE, -1) for x in SOUNDS], {}, ["the data set has no labels \\(24 rows"]),
@@ -412,7 +469,9 @@ def test_a_folder_of_parquet_files_is_a_task_by_name(parquet, table, tmp_path):
 
 def test_the_hub_is_asked_for_what_is_named(hf, table, monkeypatch):
     asked = []
-    monkeypatch.setattr(hf, "load_dataset", lambda **given: asked.append(given) or hf.DatasetDict(train=table))
+    monkeypatch.setattr(
+        hf, "load_dataset", lambda **given: asked.append(given) or hf.DatasetDict(train=table)
+    )
     task = load_task("hub:some-one/so.unds:en-US@v1.0?label=name&groups=speaker")
     assert asked == [dict(path="some-one/so.unds", name="en-US", revision="v1.0")]
     assert task.classes == ("cat", "dog") and task.groups is not None

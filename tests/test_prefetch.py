@@ -1,4 +1,5 @@
 """Batches made ahead by a thread: their order, their errors, and the end of the thread."""
+
 import gc
 import subprocess
 import sys
@@ -17,7 +18,8 @@ def running():
 
 def ended(seconds=5):
     deadline = time.time() + seconds
-    while running() and time.time() < deadline: time.sleep(.01)
+    while running() and time.time() < deadline:
+        time.sleep(0.01)
     return not running()
 
 
@@ -25,7 +27,8 @@ def ended(seconds=5):
 @pytest.mark.parametrize("n", [0, 1, 20])
 def test_all_results_in_order(depth, n):
     assert list(prefetched(lambda i: (i, torch.full((2,), i)), range(n), "cpu", depth)) == [
-        (i, pytest.approx(torch.full((2,), i))) for i in range(n)]
+        (i, pytest.approx(torch.full((2,), i))) for i in range(n)
+    ]
     assert ended()
 
 
@@ -33,28 +36,31 @@ def test_no_more_than_depth_wait():
     made = []
     results = prefetched(made.append, range(100), "cpu", 3)
     next(results)
-    time.sleep(.1)
-    assert len(made) <= 1 + 3 + 1          # taken, waiting, finished but without room
+    time.sleep(0.1)
+    assert len(made) <= 1 + 3 + 1  # taken, waiting, finished but without room
     results.close()
     assert not running() and len(made) <= 6
 
 
 def test_results_are_made_while_the_consumer_works():
     main, threads = threading.get_ident(), set()
-    for _ in prefetched(lambda i: threads.add(threading.get_ident()), range(3), "cpu"): pass
+    for _ in prefetched(lambda i: threads.add(threading.get_ident()), range(3), "cpu"):
+        pass
     assert len(threads) == 1 and main not in threads
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), StopIteration(), KeyboardInterrupt()])
 def test_errors_come_at_their_place(error):
     def make(i):
-        if i == 3: raise error
+        if i == 3:
+            raise error
         return i
 
     results, seen = prefetched(make, range(9), "cpu"), []
-    kind = RuntimeError if isinstance(error, StopIteration) else type(error)     # as in any generator
+    kind = RuntimeError if isinstance(error, StopIteration) else type(error)  # as in any generator
     with pytest.raises(kind):
-        for value in results: seen.append(value)
+        for value in results:
+            seen.append(value)
     assert seen == [0, 1, 2] and ended()
 
 
@@ -65,16 +71,19 @@ def test_errors_of_the_items_too():
 
     results = prefetched(lambda i: i, items(), "cpu")
     assert next(results) == 1
-    with pytest.raises(OSError, match="gone"): next(results)
+    with pytest.raises(OSError, match="gone"):
+        next(results)
 
 
 @pytest.mark.parametrize("leave", ["close", "forget", "raise"])
 def test_the_thread_ends_with_its_consumer(leave):
-    results = prefetched(lambda i: torch.zeros(10), iter(int, 1), "cpu")      # without end
+    results = prefetched(lambda i: torch.zeros(10), iter(int, 1), "cpu")  # without end
     next(results)
-    if leave == "close": results.close()
+    if leave == "close":
+        results.close()
     if leave == "raise":
-        with pytest.raises(ValueError): results.throw(ValueError)
+        with pytest.raises(ValueError):
+            results.throw(ValueError)
     del results
     gc.collect()
     assert ended()

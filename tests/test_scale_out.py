@@ -1,4 +1,6 @@
-"""A grid on many GPUs, by many processes; and the examples of the guide, taken from its page and run to their end."""
+"""A grid on many GPUs, by many processes; and the examples of the guide, taken from its page and run to their
+end."""
+
 import multiprocessing
 import os
 import re
@@ -83,6 +85,7 @@ def test_dask_cluster_takes_the_runs(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------- GPUs, of which there are none here
 
+
 def gpus_stand_in(monkeypatch, number, setting):
     """As if this machine had so many GPUs that CUDA_VISIBLE_DEVICES allows."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: number)
@@ -92,9 +95,18 @@ def gpus_stand_in(monkeypatch, number, setting):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", setting)
 
 
-@pytest.mark.parametrize("number, setting, names", [
-    (3, None, ["0", "1", "2"]), (2, "3, 1", ["3", "1"]), (2, "GPU-8f,GPU-aa", ["GPU-8f", "GPU-aa"]),
-    (1, "0,-1,1", ["0"]), (0, "", []), (0, None, []), (1, "MIG-5c", ["MIG-5c"])])
+@pytest.mark.parametrize(
+    "number, setting, names",
+    [
+        (3, None, ["0", "1", "2"]),
+        (2, "3, 1", ["3", "1"]),
+        (2, "GPU-8f,GPU-aa", ["GPU-8f", "GPU-aa"]),
+        (1, "0,-1,1", ["0"]),
+        (0, "", []),
+        (0, None, []),
+        (1, "MIG-5c", ["MIG-5c"]),
+    ],
+)
 def test_one_job_for_each_gpu_that_is_visible(number, setting, names, monkeypatch):
     gpus_stand_in(monkeypatch, number, setting)
     assert visible_gpus() == names
@@ -111,7 +123,7 @@ def hold_a_gpu(gpus, cache, pipe):
     """Take a GPU, as a worker does, and hold it until the process ends."""
     os.environ["ACT_CACHE"] = cache
     study._take_gpu(gpus)
-    study._take_gpu(gpus)                              # the next run of the same worker
+    study._take_gpu(gpus)  # the next run of the same worker
     pipe.send(os.environ.get("CUDA_VISIBLE_DEVICES"))
     pipe.recv()
 
@@ -132,7 +144,7 @@ def test_workers_share_the_gpus_evenly(tmp_path, monkeypatch):
         return here.recv()
 
     try:
-        assert worker(["2"]) is None                   # nothing to choose
+        assert worker(["2"]) is None  # nothing to choose
         assert [worker(["1", "GPU-a/0"]) for _ in range(4)] == ["1", "GPU-a/0"] * 2
         killed = workers[2][0]
         os.kill(killed.pid, signal.SIGKILL)
@@ -161,8 +173,9 @@ def test_worker_processes_see_one_gpu_each(tmp_path, monkeypatch):
         import time
         from pathlib import Path
         from act.backbones import load_backbone
+
         Path(folder, f"{os.getpid()}.gpu").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
-        time.sleep(1)                                  # so that every worker gets a run
+        time.sleep(1)  # so that every worker gets a run
         return load_backbone("log-mel")
 
     monkeypatch.setattr(study, "visible_gpus", lambda: ["4", "6"])
@@ -173,7 +186,7 @@ def test_worker_processes_see_one_gpu_each(tmp_path, monkeypatch):
         del backbones._BUILDERS["spy-gpu"]
     assert {record["status"] for record in records} == {"done"}
     seen = {int(path.stem): path.read_text() for path in tmp_path.glob("*.gpu")}
-    del seen[os.getpid()]                              # it prepares the clips
+    del seen[os.getpid()]  # it prepares the clips
     assert set(seen.values()) == {"4", "6"} and len(seen) == 3
 
 
@@ -191,8 +204,8 @@ def test_a_run_of_another_process_is_left_to_it(tmp_path):
     with study._claimed(store, key, wait=True):
         assert execute(RUN, store, wait=False) is None
         waiting.start()
-        while store.get(grid[1]) is None:              # the other run is done first
-            time.sleep(.05)
+        while store.get(grid[1]) is None:  # the other run is done first
+            time.sleep(0.05)
         assert waiting.is_alive() and store.get(RUN) is None
         finished = study._executed(RUN, store, key, progress=False)
     waiting.join()

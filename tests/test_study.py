@@ -1,4 +1,5 @@
 """Studies that are killed, run twice at once, meet a full disk or memory, or have runs that fail."""
+
 import json
 import math
 import os
@@ -75,7 +76,7 @@ def test_killed_at_random_moments_ends_the_same(tmp_path, separate_cache):
             os.killpg(study.pid, signal.SIGKILL)
         study.wait()
         for path in (tmp_path / "killed").glob("*.json"):
-            json.loads(path.read_text())        # complete whenever it is read
+            json.loads(path.read_text())  # complete whenever it is read
     assert start(tmp_path / "killed", separate_cache).wait() == 0
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
@@ -147,7 +148,7 @@ def times(folder):
 
 def wait_for_a_record(process, store):
     while process.poll() is None and not list(store.glob("*.json")):
-        time.sleep(.05)
+        time.sleep(0.05)
 
 
 @pytest.fixture
@@ -172,9 +173,11 @@ def disk(tmp_path):
 def test_a_nan_loss_names_the_step_and_the_remedy(tmp_path):
     options = dict(passes=3, batch=64)
     diverging = dict(options, lr=1e6, max_grad_norm=1e6)
-    runs = [Run("words-4", "speech-embedding", "vanilla", 0, options),
-            Run("words-4", "speech-embedding", "vanilla", 0, diverging),
-            Run("words-4", "log-mel")]
+    runs = [
+        Run("words-4", "speech-embedding", "vanilla", 0, options),
+        Run("words-4", "speech-embedding", "vanilla", 0, diverging),
+        Run("words-4", "log-mel"),
+    ]
     records = execute_all(runs, Store(tmp_path), jobs=1, progress=False)
     assert statuses(records) == ["done", "failed", "done"]
     error = records[1]["error"]
@@ -303,7 +306,7 @@ def test_workers_of_a_killed_study_begin_nothing_new(tmp_path, separate_cache):
     finished = len(list(store.glob("*.json")))
     process.wait()
     while any(map(works, workers)):
-        time.sleep(.1)
+        time.sleep(0.1)
     assert len(workers) == 2 and len(whole_records(store)) <= finished + len(workers)
 
 
@@ -318,7 +321,9 @@ for changed in ("results/small/claims.md", "setup.py"):
     Path(changed).write_text("other")
     print(provenance.__wrapped__()["clean"])          # without what it remembers
 """
-    process = subprocess.run([sys.executable, "-c", code], cwd=clone, env=env, capture_output=True, text=True, check=True)
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=clone, env=env, capture_output=True, text=True, check=True
+    )
     assert process.stdout.split() == ["True", "False"]
 
 
@@ -379,31 +384,42 @@ def test_sets_of_labels_leave_their_jackknife(vanilla):
         truth, ranks = np.array(record["truth"]), np.array(record["predictions"][probe])
         for block in (0, 57, 99):
             left = blocks != block
-            assert without[block] == pytest.approx(average_precision_score(truth[left], ranks[left]), abs=1e-6)
+            assert without[block] == pytest.approx(
+                average_precision_score(truth[left], ranks[left]), abs=1e-6
+            )
     assert len(json.dumps(record["jackknife"])) < 5000
 
 
 def peaked(peaks, done):
     """An `execute_all` that tunes nothing: the score falls with the distance of lr from its method's peak."""
+
     def execute_all(runs, store, jobs=None, progress=True):
         records = []
         for run in runs:
             done.append(run)
-            lr = run.config and run.config.lr or 1.
-            score = 1 - abs(math.log10(lr / peaks.get(run.method, 1.))) / 10
+            lr = run.config and run.config.lr or 1.0
+            score = 1 - abs(math.log10(lr / peaks.get(run.method, 1.0))) / 10
             probe = dict(accuracy=score)
-            records.append(dict(status="done", metric="accuracy", run=run, scores=dict(valid=dict(linear=probe, knn=probe))))
+            records.append(
+                dict(
+                    status="done",
+                    metric="accuracy",
+                    run=run,
+                    scores=dict(valid=dict(linear=probe, knn=probe)),
+                )
+            )
         return records
+
     return execute_all
 
 
 METHODS = dict(frozen=("frozen", {}), vanilla=("vanilla", {}), contrastive=("contrastive", {}))
 RATES = [dict(lr=1e-3), dict(lr=1e-2)]
-CHOICES = [      # peaks of the two methods; rates among which both choose; edges; trials of each
-    (dict(vanilla=1e-2, contrastive=1e-2), [.001, .01, .1], [None, None], 3),
-    (dict(vanilla=1e-3, contrastive=1e-2), [.0001, .001, .01, .1], [None, None], 4),
-    (dict(vanilla=10., contrastive=1e-2), [.001, .01, .1, 1.], ["upper", None], 4),
-    (dict(vanilla=1e-9, contrastive=1e-9), [.00001, .0001, .001, .01], ["lower", "lower"], 4),
+CHOICES = [  # peaks of the two methods; rates among which both choose; edges; trials of each
+    (dict(vanilla=1e-2, contrastive=1e-2), [0.001, 0.01, 0.1], [None, None], 3),
+    (dict(vanilla=1e-3, contrastive=1e-2), [0.0001, 0.001, 0.01, 0.1], [None, None], 4),
+    (dict(vanilla=10.0, contrastive=1e-2), [0.001, 0.01, 0.1, 1.0], ["upper", None], 4),
+    (dict(vanilla=1e-9, contrastive=1e-9), [0.00001, 0.0001, 0.001, 0.01], ["lower", "lower"], 4),
 ]
 
 
@@ -425,14 +441,16 @@ def test_a_grid_without_rates_and_a_failed_extension_are_left_alone(monkeypatch)
     assert len(done) == 1 + 2 + 2
 
     def failing(runs, *settings):
-        records = peaked(dict(vanilla=1., contrastive=1.), [])(runs, *settings)
+        records = peaked(dict(vanilla=1.0, contrastive=1.0), [])(runs, *settings)
         failed = dict(status="failed", metric=None)
-        return [failed | dict(run=run) if run.config and run.config.lr > .01 else record
-                for run, record in zip(runs, records)]
+        return [
+            failed | dict(run=run) if run.config and run.config.lr > 0.01 else record
+            for run, record in zip(runs, records)
+        ]
 
     monkeypatch.setattr(study, "execute_all", failing)
     comparison = study.compare("words-4", "speech-embedding", METHODS, RATES, [0], None)
-    assert comparison["vanilla"][0]["grid"] == dict(trials=3, rates=[.001, .01, .1], edge=None)
+    assert comparison["vanilla"][0]["grid"] == dict(trials=3, rates=[0.001, 0.01, 0.1], edge=None)
 
 
 def test_the_choice_of_the_first_fold_is_repeated_over_folds_and_seeds(monkeypatch):
@@ -456,7 +474,7 @@ def test_trials_by_method_are_equally_many():
 def test_no_run_begins_after_the_deadline_and_the_same_call_does_the_rest(tmp_path, monkeypatch):
     runs = [Run("words-4", "log-mel", seed=seed) for seed in range(2)]
     store = Store(tmp_path)
-    late = iter([False, False, True, True])         # before the study, before each run, after the study
+    late = iter([False, False, True, True])  # before the study, before each run, after the study
     with monkeypatch.context() as m:
         m.setattr(study, "_is_late", lambda: next(late))
         with pytest.raises(StudyError, match="1 of 2 runs are finished and kept; run again for the rest"):
@@ -474,14 +492,28 @@ def test_a_deadline_that_is_no_time_is_named(tmp_path, monkeypatch):
 def test_provenance_of_an_installed_act_names_no_repository_of_the_user(tmp_path):
     """act lies in the folder of packages of a repository that ignores it."""
     import shutil
-    shutil.copytree(Path(act.__file__).parent, tmp_path / "packages" / "act", ignore=shutil.ignore_patterns("__pycache__"))
+
+    shutil.copytree(
+        Path(act.__file__).parent, tmp_path / "packages" / "act", ignore=shutil.ignore_patterns("__pycache__")
+    )
     (tmp_path / ".gitignore").write_text("packages\n")
-    for command in (["init", "-q"], ["add", ".gitignore"],
-                    ["-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-q", "-m", "mine"]):
+    for command in (
+        ["init", "-q"],
+        ["add", ".gitignore"],
+        ["-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-q", "-m", "mine"],
+    ):
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
-    code = "import act, json; from act.study import provenance; print(json.dumps([act.__file__, provenance()]))"
-    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True,
-                         env={**os.environ, "PYTHONPATH": str(tmp_path / "packages")})
+    code = (
+        "import act, json; from act.study import provenance; print(json.dumps([act.__file__, provenance()]))"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "packages")},
+    )
     path, stated = json.loads(ran.stdout.splitlines()[-1])
     assert path.startswith(str(tmp_path)) and stated["act"] == act.__version__
     assert "revision" not in stated and "clean" not in stated

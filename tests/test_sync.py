@@ -1,4 +1,5 @@
 """Notebooks, library and README say the same; metadata is what the standards ask for."""
+
 import ast
 import importlib.metadata
 import json
@@ -14,8 +15,10 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 PAPER = sorted(Path(__file__).parents[1].glob("nbs/paper/*.ipynb"))
-ORDER = ("core manifest audio tasks words encoders backbones embeddings losses tuning metrics solver probes geometry "
-         "classifier study paper analysis report reproduce comparison explorer cli").split()
+ORDER = (
+    "core manifest audio tasks words encoders backbones embeddings losses tuning metrics solver probes geometry "
+    "classifier study paper analysis report reproduce comparison explorer cli"
+).split()
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +61,9 @@ def test_every_cell_is_python(repo):
     for path in sorted((repo / "nbs").rglob("*.ipynb")):
         for cell in nbformat.read(path, 4).cells:
             if cell.cell_type == "code":
-                lines = [line for line in cell.source.splitlines() if not line.lstrip().startswith(("%", "!"))]
+                lines = [
+                    line for line in cell.source.splitlines() if not line.lstrip().startswith(("%", "!"))
+                ]
                 compile("\n".join(lines), f"{path.name} {cell.id}", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
 
 
@@ -82,6 +87,7 @@ def test_pins_admit_the_first_release_of_this_python(repo):
 
 def test_citation_follows_the_standard(repo):
     import jsonschema
+
     schema = json.loads((repo / "tests" / "schemas" / "cff-1.2.0.json").read_text(encoding="utf-8"))
     citation = yaml.load((repo / "CITATION.cff").read_text(encoding="utf-8"), yaml.BaseLoader)
     jsonschema.validate(citation, schema)
@@ -89,10 +95,12 @@ def test_citation_follows_the_standard(repo):
 
 
 def test_everything_names_the_same_version(repo):
-    """Settings, citation, package and the newest version of the changelog, whose date the citation has too."""
+    """Settings, citation, package and the newest version of the changelog, whose date the citation has
+    too."""
     import configparser
 
     import act
+
     settings = configparser.ConfigParser(delimiters=["="])
     settings.read(repo / "settings.ini", encoding="utf-8")
     citation = yaml.load((repo / "CITATION.cff").read_text(encoding="utf-8"), yaml.BaseLoader)
@@ -104,11 +112,13 @@ def test_everything_names_the_same_version(repo):
 
 def test_reported_values_have_sources(repo):
     from act.report import reported
+
     reported(repo / "nbs" / "paper" / "reported.csv", "table_2")
 
 
 def test_committed_results_follow_from_their_records(repo):
     from act.report import differing_files
+
     results = repo / "results" / "small"
     if not results.is_dir():
         pytest.skip("no committed results yet")
@@ -128,7 +138,8 @@ def _rows_of_tabulars(text):
 
 
 def test_results_in_latex_are_well_formed(repo):
-    """Braces and environments are balanced, rows have as many cells as there are columns, letters are ASCII."""
+    """Braces and environments are balanced, rows have as many cells as there are columns, letters are
+    ASCII."""
     files = sorted((repo / "results" / "small").glob("*.tex"))
     for path in files:
         text = path.read_text(encoding="utf-8")
@@ -146,6 +157,7 @@ def test_the_printed_tasks_follow_from_their_csv(repo):
     import pandas as pd
 
     from act.report import _follows, tasks_text
+
     path = repo / "results" / "small" / "table_1_tasks.csv"
     if not path.exists():
         pytest.skip("no committed results yet")

@@ -105,7 +105,7 @@ def test_every_official_fold_is_a_test_once(real_cache):
 def test_decoding_and_caching_a_real_task(real_cache):
     task = load_task("fsdd").subset(range(0, 3000, 60))
     cache = task.waveforms(16000)
-    assert len(cache) == 50 and torch.allclose(cache[7], task.clips[7].load(16000), atol=2e-5)      # 16 bits
+    assert len(cache) == 50 and torch.allclose(cache[7], task.clips[7].load(16000), atol=2e-5)  # 16 bits
 
 
 def test_without_consent_the_drums_are_unavailable(mirror, tmp_path, monkeypatch):
@@ -522,7 +522,9 @@ def test_miniature_in_upstreams_layout(miniature, name):
 def test_labels_of_the_multi_label_miniatures(miniature):
     task, *_ = miniature("openmic18")
     assert task.labels.sum(1).tolist() == [2.0] * 120  # relevance .9 and .5 count, .2 and silence do not
-    assert task.known.sum(1).tolist() == [3] * 120 and not task.labels[~task.known].any()  # three of 20 are judged
+    assert (
+        task.known.sum(1).tolist() == [3] * 120 and not task.labels[~task.known].any()
+    )  # three of 20 are judged
     assert task.targets.isnan().sum() == 17 * 120 and task.subset([5, 6]).known.sum() == 6
     i = [c.name for c in task.clips].index("audio/000/000007_3360.ogg")
     assert [task.classes[c] for c in task.labels[i].nonzero().flatten()] == ["flute", "guitar"]
@@ -661,7 +663,10 @@ def test_labels_that_are_none_are_refused_in_one_line(labels, message):
         (dict(groups=["g"]), "12 clips but 1 groups"),
         (dict(known=np.ones(12)), "known must mark every label of multi-hot rows"),
         (dict(labels=np.eye(12)[:, :3], known=np.ones((12, 2))), "known must mark every label"),
-        (dict(labels=np.eye(12)[:, :3], known=np.zeros((12, 3))), "3 labels are present but marked as unknown"),
+        (
+            dict(labels=np.eye(12)[:, :3], known=np.zeros((12, 3))),
+            "3 labels are present but marked as unknown",
+        ),
     ],
 )
 def test_other_parts_that_do_not_fit(change, message):

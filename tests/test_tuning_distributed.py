@@ -1,4 +1,6 @@
-"""Tuning by several gloo processes: what one process does, also where clips, patience or parameters are few."""
+"""Tuning by several gloo processes: what one process does, also where clips, patience or parameters are
+few."""
+
 import multiprocessing
 import os
 import socket
@@ -14,14 +16,15 @@ from act.embeddings import default_fabric
 from act.tasks import Task
 from act.tuning import TuneConfig, TuningError, _Loop, tune
 
-CONFIG = TuneConfig(passes=2, batch=8, views=2, augment=None, lr=.01, precision="64-true", per_class=None)
-SMALL_STEPS = dict(batch=4)                  # two clips in two views; the last step of an epoch has one
+CONFIG = TuneConfig(passes=2, batch=8, views=2, augment=None, lr=0.01, precision="64-true", per_class=None)
+SMALL_STEPS = dict(batch=4)  # two clips in two views; the last step of an epoch has one
 pytestmark = pytest.mark.filterwarnings("ignore:tiny. an anchor has", "ignore:a batch in which no clip")
 
 
 class Tiny(Backbone):
     """Mean amplitudes of pieces through a layer; another layer is there and not used."""
-    name, sample_rate, dim, min_seconds, lr, batch = "tiny", 100, 6, .01, .01, 8
+
+    name, sample_rate, dim, min_seconds, lr, batch = "tiny", 100, 6, 0.01, 0.01, 8
 
     def __init__(self):
         super().__init__()
@@ -33,7 +36,8 @@ class Tiny(Backbone):
 
     def encode(self, x, lengths):
         h = self.layer(x[:, :100].reshape(len(x), 10, 10)).tanh() + self.offset
-        if self.training and self.broken_rank == int(os.environ.get("RANK", -1)): h = h * float("nan")
+        if self.training and self.broken_rank == int(os.environ.get("RANK", -1)):
+            h = h * float("nan")
         return h, torch.full((len(x),), 10)
 
 
@@ -41,7 +45,7 @@ def task():
     """20 clips of four classes; 11 of them for training."""
     rng = np.random.default_rng(0)
     labels = np.arange(20) % 4
-    clips = rng.normal(0, .1, (20, 100)) + .1 * labels[:, None]
+    clips = rng.normal(0, 0.1, (20, 100)) + 0.1 * labels[:, None]
     split = ["train"] * 11 + ["valid"] * 5 + ["test"] * 4
     return Task.from_arrays(clips.astype(np.float32), labels, 100, split=split, name="tiny")
 
@@ -56,20 +60,25 @@ def tuned_weights(fabric, **changes):
 
 
 CASES = {
-    "contrastive": dict(), "contrastive, few clips": SMALL_STEPS,
-    "vanilla": dict(method="vanilla"), "vanilla, few clips": dict(batch=2, method="vanilla"),
-    "micro-batches": dict(micro_batch=2), "micro-batches, few clips": dict(SMALL_STEPS, micro_batch=1)}
+    "contrastive": dict(),
+    "contrastive, few clips": SMALL_STEPS,
+    "vanilla": dict(method="vanilla"),
+    "vanilla, few clips": dict(batch=2, method="vanilla"),
+    "micro-batches": dict(micro_batch=2),
+    "micro-batches, few clips": dict(SMALL_STEPS, micro_batch=1),
+}
 
 
 def patience_of(fabric):
     """Steps taken where the processes see different validation losses, of which those of the first count."""
-    losses = iter([3., 2., 1., .5, .4, .3] if fabric.global_rank else [1., 2., 3., 4., 5., 6.])
+    losses = iter([3.0, 2.0, 1.0, 0.5, 0.4, 0.3] if fabric.global_rank else [1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
     before = _Loop._validation_loss
     _Loop._validation_loss = lambda self: next(losses)
     try:
         config = TuneConfig(**{**vars(CONFIG), "passes": 12, "patience": 2})
         return len(tune(Tiny(), task(), config, fabric, progress=False).log)
-    finally: _Loop._validation_loss = before
+    finally:
+        _Loop._validation_loss = before
 
 
 def message_of_nan(fabric):
@@ -77,23 +86,39 @@ def message_of_nan(fabric):
     encoder = Tiny()
     encoder.broken_rank = 1
     config = TuneConfig(**{**vars(CONFIG), "method": "vanilla"})
-    try: tune(encoder, task(), config, fabric, progress=False, inplace=True)
-    except TuningError as error: return str(error)
+    try:
+        tune(encoder, task(), config, fabric, progress=False, inplace=True)
+    except TuningError as error:
+        return str(error)
 
 
 def work(rank, processes, port, pipe):
     """All that one process does; the answers go through the pipe."""
-    job = dict(TORCHELASTIC_RUN_ID="test", RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes,
-               GROUP_RANK=0, GROUP_WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, CUDA_VISIBLE_DEVICES="")
+    job = dict(
+        TORCHELASTIC_RUN_ID="test",
+        RANK=rank,
+        LOCAL_RANK=rank,
+        WORLD_SIZE=processes,
+        LOCAL_WORLD_SIZE=processes,
+        GROUP_RANK=0,
+        GROUP_WORLD_SIZE=1,
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=port,
+        CUDA_VISIBLE_DEVICES="",
+    )
     os.environ.update({name: str(value) for name, value in job.items()})
     torch.set_num_threads(1)
     try:
         fabric = default_fabric("64-true")
-        found = {case: {n: w.numpy() for n, w in tuned_weights(fabric, **changes).items()} for case, changes in CASES.items()}
+        found = {
+            case: {n: w.numpy() for n, w in tuned_weights(fabric, **changes).items()}
+            for case, changes in CASES.items()
+        }
         found["patience"] = patience_of(fabric)
         pipe.send(found)
-        pipe.send(message_of_nan(fabric))              # a process that ends alone breaks the connection of the others
-    except BaseException: pipe.send(traceback.format_exc())
+        pipe.send(message_of_nan(fabric))  # a process that ends alone breaks the connection of the others
+    except BaseException:
+        pipe.send(traceback.format_exc())
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
@@ -116,7 +141,8 @@ def answers(request):
             assert isinstance(answer, dict), answer
             answer["nan"] = end.recv() if end.poll(30) else "no answer"
     finally:
-        for process in processes: process.kill()
+        for process in processes:
+            process.kill()
     return found
 
 
@@ -135,8 +161,9 @@ def test_processes_end_with_the_weights_of_one(case, answers):
 
 def test_the_first_process_decides_when_to_stop(answers):
     taken = {found["patience"] for found in answers}
-    assert len(taken) == 1 and taken.pop() < 20        # after the third of six epochs
+    assert len(taken) == 1 and taken.pop() < 20  # after the third of six epochs
 
 
 def test_nan_in_one_process_ends_all_in_one_line(answers):
-    for found in answers: assert found["nan"] and "step 0" in found["nan"] and "\n" not in found["nan"]
+    for found in answers:
+        assert found["nan"] and "step 0" in found["nan"] and "\n" not in found["nan"]

@@ -1,4 +1,5 @@
 """whisper-tiny.en: parity with transformers, padding, long clips, its file, tuning, saving."""
+
 import struct
 
 import numpy as np
@@ -9,8 +10,16 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
 from act.backbones import _BUILDERS, BackboneError, _describe, load_backbone
-from act.encoders import (WHISPER_SPAN, WhisperNetwork, _whisper_modules, read_ctranslate2,
-                          read_whisper_network, sinusoids, whisper_log_mel, whisper_mel)
+from act.encoders import (
+    WHISPER_SPAN,
+    WhisperNetwork,
+    _whisper_modules,
+    read_ctranslate2,
+    read_whisper_network,
+    sinusoids,
+    whisper_log_mel,
+    whisper_mel,
+)
 from act.manifest import FetchError, weight_file
 from act.tasks import load_task
 
@@ -34,7 +43,7 @@ def small():
 
 def noise(samples, clips=1, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return .1 * torch.randn(clips, samples, generator=generator)
+    return 0.1 * torch.randn(clips, samples, generator=generator)
 
 
 def apart(a, b):
@@ -44,8 +53,9 @@ def apart(a, b):
 
 # ---------------------------------------------------------------- parity
 
+
 @pytest.mark.parametrize("samples", [1600, 16000, 100001, 400000])
-@pytest.mark.parametrize("ending", [1., .001])
+@pytest.mark.parametrize("ending", [1.0, 0.001])
 def test_log_mel_equals_the_feature_extractor(samples, ending):
     """Also where the clip is loud at its very end."""
     extractor = pytest.importorskip("transformers").WhisperFeatureExtractor()
@@ -53,15 +63,17 @@ def test_log_mel_equals_the_feature_extractor(samples, ending):
     reference = extractor(x[0].numpy(), sampling_rate=16000, return_tensors="np").input_features[0].T
     ours = whisper_log_mel(whisper_mel(), x)[0]
     assert len(ours) == 2 * -(-samples // 320) + 2
-    assert (ours - torch.tensor(reference[:len(ours)])).abs().max() <= 1e-4
+    assert (ours - torch.tensor(reference[: len(ours)])).abs().max() <= 1e-4
 
 
 def transformers_encoder(net):
     """The encoder of the transformers library with the weights of our network."""
     t = pytest.importorskip("transformers")
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
     config = t.WhisperConfig(
-        d_model=384, encoder_layers=4, encoder_attention_heads=6, encoder_ffn_dim=1536, num_mel_bins=80)
+        d_model=384, encoder_layers=4, encoder_attention_heads=6, encoder_ffn_dim=1536, num_mel_bins=80
+    )
     names = {
         "attention_norm": "self_attn_layer_norm",
         "attention_out": "self_attn.out_proj",
@@ -75,9 +87,10 @@ def transformers_encoder(net):
         for ours, theirs in names.items():
             modules[f"layers.{i}.{theirs}"] = getattr(block, ours)
         for letter, weight, bias in zip(
-                "qkv", block.attention_in.weight.chunk(3), block.attention_in.bias.chunk(3)):
+            "qkv", block.attention_in.weight.chunk(3), block.attention_in.bias.chunk(3)
+        ):
             state[f"layers.{i}.self_attn.{letter}_proj.weight"] = weight
-            if letter != "k":                                     # a bias of the keys would change nothing
+            if letter != "k":  # a bias of the keys would change nothing
                 state[f"layers.{i}.self_attn.{letter}_proj.bias"] = bias
     for name, module in modules.items():
         state[f"{name}.weight"] = module.weight
@@ -103,17 +116,18 @@ def test_network_equals_transformers_over_30_seconds(pretrained):
     network = pretrained.net
     hidden = network(network.embed(features.transpose(1, 2), 1500), counts)
     assert (network.norm(hidden[-1]) - reference).abs().max() <= 1e-4
-    assert apart(ours, reference) <= 1e-3         # of the features, which differ by 4e-6
+    assert apart(ours, reference) <= 1e-3  # of the features, which differ by 4e-6
 
 
 def test_positions_are_those_of_the_file(pretrained):
     variables = read_ctranslate2(weight_file(NAME))
     published = torch.tensor(variables["encoder/position_encodings/encodings"]).float()
-    assert (sinusoids(1500, 384) - published).abs().max() <= 5e-4         # half precision
+    assert (sinusoids(1500, 384) - published).abs().max() <= 5e-4  # half precision
     assert variables["encoder/num_heads"] == pretrained.blocks[0].heads
 
 
 # ---------------------------------------------------------------- padding and long clips
+
 
 @torch.no_grad()
 @pytest.mark.parametrize("real", [False, True])
@@ -131,7 +145,7 @@ def test_long_clips_are_windows_of_30_seconds(small):
     n = WHISPER_SPAN
     lengths = torch.tensor([n + 24000, 8000])
     x = noise(n + 24000, clips=2)
-    h, counts = small.encode(x.masked_fill(torch.arange(n + 24000) >= lengths[:, None], 0.), lengths)
+    h, counts = small.encode(x.masked_fill(torch.arange(n + 24000) >= lengths[:, None], 0.0), lengths)
     assert counts.tolist() == [1575, 25]
     first, _ = small.encode(x[:1, :n], lengths[:1] - 24000)
     rest, _ = small.encode(x[:1, n:], lengths[:1] - n)
@@ -143,10 +157,13 @@ def test_long_clips_are_windows_of_30_seconds(small):
 
 # ---------------------------------------------------------------- the file
 
+
 def file_of(variables):
     """A CTranslate2 file of arrays in half precision."""
+
     def text(word):
         return struct.pack("<H", len(word) + 1) + word.encode() + b"\0"
+
     data = struct.pack("<I", 6) + text("WhisperSpec") + struct.pack("<II", 3, len(variables))
     for name, values in variables.items():
         array = values.astype(np.float16)
@@ -181,19 +198,32 @@ def test_a_written_network_is_read_back(written, tmp_path):
         assert torch.equal(state[name], tensor.half().float())
 
 
-@pytest.mark.parametrize("change, reason", [
-    (lambda data: b"", "it ends after 0 bytes"),
-    (lambda data: data[:len(data) // 2], "it ends after"),
-    (lambda data: data[:-1], "it ends after"),
-    (lambda data: data + b"\0\0", "2 bytes follow its end"),
-    (lambda data: b"\7" + data[1:], "format version is 7, expected 6"),
-    (lambda data: b"PK\3\4" + data[4:], "format version"),
-    (lambda data: data.replace(struct.pack("<BIIIBI", 3, 384, 80, 3, 4, 184320),
-                               struct.pack("<BIIIBI", 3, 384, 81, 3, 4, 184320)), "do not fit its shape"),
-    (lambda data: data.replace(struct.pack("<BIIIBI", 3, 384, 80, 3, 4, 184320),
-                               struct.pack("<BIIIBI", 3, 384, 80, 3, 9, 184320)), "unknown type 9"),
-    (lambda data: data.replace(b"conv1/weight", b"conv9/weight"), "no encoder/conv1/weight of shape"),
-])
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda data: b"", "it ends after 0 bytes"),
+        (lambda data: data[: len(data) // 2], "it ends after"),
+        (lambda data: data[:-1], "it ends after"),
+        (lambda data: data + b"\0\0", "2 bytes follow its end"),
+        (lambda data: b"\7" + data[1:], "format version is 7, expected 6"),
+        (lambda data: b"PK\3\4" + data[4:], "format version"),
+        (
+            lambda data: data.replace(
+                struct.pack("<BIIIBI", 3, 384, 80, 3, 4, 184320),
+                struct.pack("<BIIIBI", 3, 384, 81, 3, 4, 184320),
+            ),
+            "do not fit its shape",
+        ),
+        (
+            lambda data: data.replace(
+                struct.pack("<BIIIBI", 3, 384, 80, 3, 4, 184320),
+                struct.pack("<BIIIBI", 3, 384, 80, 3, 9, 184320),
+            ),
+            "unknown type 9",
+        ),
+        (lambda data: data.replace(b"conv1/weight", b"conv9/weight"), "no encoder/conv1/weight of shape"),
+    ],
+)
 def test_a_damaged_file_is_one_line(written, tmp_path, monkeypatch, change, reason):
     path = tmp_path / "model.bin"
     path.write_bytes(change(written[1]))
@@ -206,11 +236,12 @@ def test_a_damaged_file_is_one_line(written, tmp_path, monkeypatch, change, reas
 
 # ---------------------------------------------------------------- like any other backbone
 
+
 def test_it_is_listed():
     assert NAME in _BUILDERS.load_installed()
     row = _describe(NAME)
     assert row["dim"] == 384 and row["licence"] == "MIT" and row["parameters"] == 7_633_920
-    assert .1 < row["gflops_per_second"] < 2
+    assert 0.1 < row["gflops_per_second"] < 2
 
 
 @torch.no_grad()
@@ -238,10 +269,11 @@ def test_half_precision_stays_close(small):
     x = noise(16000)
     precise = small(x)
     half = load_backbone(f"random:{NAME}").bfloat16()(x)
-    assert apart(half.float(), precise) <= .05
+    assert apart(half.float(), precise) <= 0.05
 
 
 # ---------------------------------------------------------------- padding to a span
+
 
 @torch.no_grad()
 def test_padded_to_a_span(small):
@@ -262,7 +294,9 @@ def test_padded_to_a_span(small):
 def test_padded_to_30_seconds_is_transformers(pretrained):
     t = pytest.importorskip("transformers")
     x = noise(16000)
-    features = t.WhisperFeatureExtractor()(x[0].numpy(), sampling_rate=16000, return_tensors="pt").input_features
+    features = t.WhisperFeatureExtractor()(
+        x[0].numpy(), sampling_rate=16000, return_tensors="pt"
+    ).input_features
     reference = transformers_encoder(pretrained.net)(features).last_hidden_state
     ours = load_backbone(NAME, padded_to=30)(x)
     assert apart(ours, reference[:, :50].mean(1)) <= 1e-3
@@ -279,11 +313,12 @@ def test_a_span_is_saved_and_checked(tmp_path):
 
 # ---------------------------------------------------------------- frozen scores on real recordings
 
+
 def accuracies(z, labels, fit, test):
     """Linear and k-NN accuracy on the rows `test`, fitted on the rows `fit`."""
     z = StandardScaler().fit(z[fit]).transform(z)
     scores = []
-    for probe in (LogisticRegression(C=.1, max_iter=2000), KNeighborsClassifier(5, metric="cosine")):
+    for probe in (LogisticRegression(C=0.1, max_iter=2000), KNeighborsClassifier(5, metric="cosine")):
         probe.fit(z[fit], labels[fit])
         scores.append(probe.score(z[test], labels[test]))
     return np.array(scores)
@@ -306,20 +341,23 @@ def split_rows(task):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("names, expected", [
-    (["fsdd"], (.957, .900)),
-    ([f"esc10@{fold}" for fold in range(1, 6)], (.900, .837)),
-])
+@pytest.mark.parametrize(
+    "names, expected",
+    [
+        (["fsdd"], (0.957, 0.900)),
+        ([f"esc10@{fold}" for fold in range(1, 6)], (0.900, 0.837)),
+    ],
+)
 def test_frozen_scores_are_those_of_a_prototype(real_cache, pretrained, names, expected):
     """Within two points, or better."""
     tasks = [load_task(name) for name in names]
-    z = embeddings(pretrained, tasks[0].waveforms(16000), np.arange(len(tasks[0])))      # folds share the clips
+    z = embeddings(pretrained, tasks[0].waveforms(16000), np.arange(len(tasks[0])))  # folds share the clips
     scores = []
     for task in tasks:
         test, rest = split_rows(task)
         scores.append(accuracies(z, task.labels.numpy(), rest, test))
     print(names[0], np.mean(scores, 0))
-    assert (np.mean(scores, 0) - expected).min() >= -.02, scores
+    assert (np.mean(scores, 0) - expected).min() >= -0.02, scores
 
 
 @pytest.mark.slow
@@ -335,4 +373,4 @@ def test_padding_helps_short_clips(real_cache, pretrained):
         z = embeddings(backbone, waves, rows)
         scores.append(accuracies(z, task.labels.numpy()[rows], np.arange(100), np.arange(100, 200)))
     print("cut to length", scores[0], "padded to 2 s", scores[1])
-    assert scores[0].min() > .85 and (scores[1] - scores[0]).mean() > -.02, scores
+    assert scores[0].min() > 0.85 and (scores[1] - scores[0]).mean() > -0.02, scores

@@ -1,4 +1,5 @@
 """The embedded task: the same bytes wherever and in whatever order they are rendered."""
+
 import hashlib
 import os
 import subprocess
@@ -33,7 +34,8 @@ def test_fresh_processes_in_any_order_render_the_same_bytes():
 def test_a_clip_alone_sounds_as_it_does_among_others():
     clip = Utterance(WORDS[5], voices("test")[3])
     alone = hashlib.sha256(clip.render().tobytes()).hexdigest()
-    for voice in voices("train"): say("interruption", voice)
+    for voice in voices("train"):
+        say("interruption", voice)
     assert hashlib.sha256(clip.render().tobytes()).hexdigest() == alone
 
 
@@ -47,5 +49,7 @@ def test_some_clips_of_each_class_shorten_validation_and_leave_the_test_alone():
     whole = load_task("words-8")
     train, valid, test = (len(whole.indices(side)) for side in SPLITS)
     assert [len(few.indices(side)) for side in SPLITS] == [5 * 8, round(5 * 8 / train * valid / 8) * 8, test]
-    with pytest.raises(TaskError, match="choose from 1 to 20"): load_task("words-8:999")
-    with pytest.raises(TaskError, match="single-label"): load_task("words-mix-8:5")
+    with pytest.raises(TaskError, match="choose from 1 to 20"):
+        load_task("words-8:999")
+    with pytest.raises(TaskError, match="single-label"):
+        load_task("words-mix-8:5")

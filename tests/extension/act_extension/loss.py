@@ -1,4 +1,5 @@
 """A loss: the squared Jaccard index as target weights."""
+
 from act.losses import register_loss
 
 

@@ -1,4 +1,5 @@
 """A data set: tones of N pitches."""
+
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ SPLIT = ["train"] * 6 + ["valid"] * 3 + ["test"] * 3
 @dataclass(frozen=True)
 class Tone:
     """A clip of a quarter of a second; `act` needs its `key` and `load`."""
+
     hertz: float
     take: int
 
@@ -19,9 +21,9 @@ class Tone:
         return f"tone {self.hertz:.1f} {self.take}"
 
     def load(self, sample_rate):
-        time = torch.arange(sample_rate // 4) / sample_rate      # (T,)
+        time = torch.arange(sample_rate // 4) / sample_rate  # (T,)
         noise = torch.randn(len(time), generator=torch.Generator().manual_seed(self.take))
-        return torch.sin(2 * torch.pi * self.hertz * time) + .3 * noise
+        return torch.sin(2 * torch.pi * self.hertz * time) + 0.3 * noise
 
 
 @register_task(r"tones-(\d+)", title="Tones", labels="single", licence="CC0-1.0")
@@ -31,4 +33,6 @@ def tones(n):
     clips = [Tone(hertz, take) for hertz in pitches for take in range(len(SPLIT))]
     labels = torch.arange(len(pitches)).repeat_interleave(len(SPLIT))
     names = [f"{hertz:.0f} Hz" for hertz in pitches]
-    return Task(f"tones-{n}", clips, labels, names, SPLIT * len(pitches), sample_rate=16000, licence="CC0-1.0")
+    return Task(
+        f"tones-{n}", clips, labels, names, SPLIT * len(pitches), sample_rate=16000, licence="CC0-1.0"
+    )
