@@ -274,19 +274,25 @@ def test_progress_bars_and_dead_widgets_are_not_kept():
     assert lasting([{"output_type": "stream", "text": "a\nb: 1%\rb: 2%\nc\n"}])[0]["text"] == ["a\n", "c\n"]
 
 
-def test_changed_output_is_stale(tmp_path):
-    from run_notebooks import stale
-
+def notebook_that_printed_1(folder, source):
+    """A notebook of one cell, whose output on disk is a 1."""
     cell = dict(
         cell_type="code",
         id="one",
         metadata={},
         execution_count=None,
-        source="print(1)",
+        source=source,
         outputs=[dict(output_type="stream", name="stdout", text="1\n")],
     )
-    path = tmp_path / "n.ipynb"
+    path = folder / "n.ipynb"
     path.write_text(json.dumps(dict(cells=[cell], metadata={}, nbformat=4, nbformat_minor=5)))
+    return path
+
+
+def test_changed_output_is_stale(tmp_path):
+    from run_notebooks import stale
+
+    path = notebook_that_printed_1(tmp_path, "print(1)")
     assert not stale(path, {"one": [dict(output_type="stream", name="stdout", text="1\n")]})
     assert "+2" in stale(path, {"one": [dict(output_type="stream", name="stdout", text="2\n")]})
 
@@ -294,16 +300,7 @@ def test_changed_output_is_stale(tmp_path):
 def test_a_cell_that_prints_nothing_any_more_loses_its_output(tmp_path):
     from run_notebooks import execute
 
-    cell = dict(
-        cell_type="code",
-        id="one",
-        metadata={},
-        execution_count=None,
-        source="a = 1",
-        outputs=[dict(output_type="stream", name="stdout", text="1\n")],
-    )
-    path = tmp_path / "n.ipynb"
-    path.write_text(json.dumps(dict(cells=[cell], metadata={}, nbformat=4, nbformat_minor=5)))
+    path = notebook_that_printed_1(tmp_path, "a = 1")
     assert execute(path) == {"one": []}
 
 
