@@ -18,12 +18,13 @@ help:            ## this list
 
 env: $(ready)    ## make .venv from constraints.txt
 
+# --no-compile: byte code of 20 000 files takes two minutes, and Python writes that of what it imports.
 $(ready): constraints.txt settings.ini setup.py
 	@$(or $(PYTHON),false) -c '$(tested)' || { echo "act needs Python 3.10 to 3.14; name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
 	@echo "Setting up .venv with $$($(PYTHON) --version); the first time downloads about 3 GB and takes some minutes."
 	@test -x $(bin)/python || $(PYTHON) -m venv .venv
 	$(bin)/python -m pip install -c constraints.txt setuptools wheel
-	$(bin)/python -m pip install -c constraints.txt --no-build-isolation -e ".[$(extras)]"
+	$(bin)/python -m pip install --no-compile -c constraints.txt --no-build-isolation -e ".[$(extras)]"
 	@touch $@
 
 reproduce: $(ready)  ## run the paper notebooks: PROFILE=quick|small|full ONLY=table_2 SEEDS=3
