@@ -23,9 +23,13 @@ HEAD = [
 LINEAR = ["frozen linear", "fine-tuned own head", "fine-tuned linear", "contrastive linear"]
 NEIGHBOURS = ["frozen k-NN", "fine-tuned k-NN", "contrastive k-NN"]
 PROBES = dict(linear="Linear probe", knn="k-NN probe")
+RIVALS = {  # with what contrastive tuning is compared below the table
+    "fine-tuning": FINE_TUNED,
+    "LP-FT": {SINGLE: "lp-ft", MULTI: "lp-ft bce"},
+}
 SIDES = dict(
     above="contrastive tuning is ahead on",
-    below="fine-tuning is ahead on",
+    below="{rival} is ahead on",
     around="no difference is detected on",
 )
 
@@ -93,24 +97,35 @@ def _where(rows):
     return ", ".join(named)
 
 
-def _sentence(probe, rows):
-    """On which tasks contrastive tuning lies above or below fine-tuning, and on which neither can be told."""
+def _sentence(probe, rival, rows):
+    """On which tasks contrastive tuning lies above or below a rival, and on which neither can be told."""
     parts = []
     sides = pd.Series([side_of_zero(row.low, row.high) for row in rows.itertuples()], index=rows.index)
     for side, words in SIDES.items():
         named = rows[sides == side]
         if len(named):
-            parts.append(f"{words} {_where(named)}")
+            parts.append(f"{words.format(rival=rival)} {_where(named)}")
     return f"{PROBES[probe]}: {'; '.join(parts)}."
 
 
+def _against(rival, differences):
+    """The sentences of both probes on one rival; empty where nothing was compared with it."""
+    rows = differences[differences.rival == rival]
+    sentences = [
+        _sentence(probe, rival, rows[rows.probe == probe]) for probe in PROBES if (rows.probe == probe).any()
+    ]
+    return " ".join([f"**Against {rival}.**", *sentences]) if sentences else ""
+
+
 def _paired(folder, table):
-    """The paired differences of contrastive tuning from fine-tuning; none where they are not committed."""
+    """The paired differences of contrastive tuning from its rivals; none where they are not committed."""
     path = folder / f"{table}_paired.csv"
     if not path.exists():
-        return pd.DataFrame(columns=["task", "probe", "difference", "low", "high"])
+        return pd.DataFrame(columns=["task", "probe", "difference", "low", "high", "rival"])
+    rivals = {methods[table]: rival for rival, methods in RIVALS.items()}
     rows = pd.read_csv(path)
-    return rows[(rows.method == CONTRASTIVE[table]) & (rows.other == FINE_TUNED[table])]
+    rows = rows[(rows.method == CONTRASTIVE[table]) & rows.other.isin(rivals)]
+    return rows.assign(rival=rows.other.map(rivals))
 
 
 def main_table(folder):
@@ -140,9 +155,5 @@ def main_table(folder):
     lines = [HEAD, [":--", "--:", ":--"] + ["--:"] * 7, *rows]
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     differences = pd.concat(paired)
-    sentences = [
-        _sentence(probe, differences[differences.probe == probe])
-        for probe in PROBES
-        if (differences.probe == probe).any()
-    ]
-    return f"{text}\n\n" + " ".join(sentences)
+    paragraphs = [text, *(_against(rival, differences) for rival in RIVALS)]
+    return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)

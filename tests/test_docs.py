@@ -196,6 +196,7 @@ def _main_table_results(folder):
         "birds,enc,linear,contrastive,vanilla,-.05,-.08,-.02",
         "birds,enc,knn,contrastive,vanilla,.0004,-.01,.01",
         "birds,enc,knn,contrastive,frozen,.2,.1,.3",
+        "birds,enc,linear,contrastive,lp-ft,.03,.01,.05",
     ]
     (folder / "table_2_single_label_paired.csv").write_text("\n".join(paired))
 
@@ -205,8 +206,9 @@ def test_the_main_table_has_the_tuned_rows_and_says_who_wins(tmp_path):
 
     assert "make reproduce PROFILE=small" in with_tables("<!-- main table -->", tmp_path)
     _main_table_results(tmp_path / "small")
-    *table, empty, sentences = with_tables("<!-- main table -->", tmp_path).splitlines()
-    assert len(table) == 3 and not empty
+    table, fine_tuning, lp_ft = with_tables("<!-- main table -->", tmp_path).split("\n\n")
+    table = table.splitlines()
+    assert len(table) == 3
     cells = table[2].strip("| ").split(" | ")
     assert cells == [
         "birds",
@@ -220,10 +222,11 @@ def test_the_main_table_has_the_tuned_rows_and_says_who_wins(tmp_path):
         "65.0 ± 3.0",
         "**60.0 ± 4.0**",
     ]
-    assert sentences == (
-        "Linear probe: fine-tuning is ahead on birds (−5.0). "
+    assert fine_tuning == (
+        "**Against fine-tuning.** Linear probe: fine-tuning is ahead on birds (−5.0). "
         "k-NN probe: no difference is detected on birds (0.0)."
     )
+    assert lp_ft == "**Against LP-FT.** Linear probe: contrastive tuning is ahead on birds (+3.0)."
 
 
 def test_tables_are_for_readers():
