@@ -7,11 +7,11 @@ __all__ = ['PRINTED_PROBES', 'MEASURES', 'MARKS', 'VERDICT_RULE', 'CHOSEN_PROTOC
            'REPORTED_COLUMNS', 'BEST_NOTE', 'COLOURS', 'PALETTE', 'FIGURE_WIDTH', 'FIGURE_STYLE', 'MARKERS',
            'CLASS_COLOURS', 'FIGURE_3_MAPS', 'FIGURE_3_PURITY', 'ALTERNATIVES', 'LISTENING_RATE', 'ReportError',
            'number_text', 'wide_table', 'paired_text', 'measure_words', 'geometry_text', 'claims_text', 'verdicts_text',
-           'matrix_text', 'tasks_text', 'printed', 'protocol', 'findings', 'verdict_sentences', 'separation_sentences',
-           'best_by_measures', 'reported', 'with_reported', 'as_html', 'show_table', 'save_table', 'differing_files',
-           'method_colours', 'save_figure', 'picture', 'alternative_text', 'effects_figure', 'method_markers',
-           'class_styles', 'class_count_points', 'class_count_figure', 'map_figure', 'purity_figure', 'budget_figure',
-           'redraw_figures', 'listen']
+           'matrix_text', 'tasks_text', 'printed', 'protocol', 'findings', 'frozen_leaders', 'verdict_sentences',
+           'separation_sentences', 'best_by_measures', 'reported', 'with_reported', 'as_html', 'show_table',
+           'save_table', 'differing_files', 'method_colours', 'save_figure', 'picture', 'alternative_text',
+           'effects_figure', 'method_markers', 'class_styles', 'class_count_points', 'class_count_figure', 'map_figure',
+           'purity_figure', 'budget_figure', 'redraw_figures', 'listen']
 
 # %% ../nbs/api/17_report.ipynb #rep00003
 import base64
@@ -581,6 +581,42 @@ def findings(paired):
             numbers += f", 95 % interval {_point_interval(row.low, row.high)}"
         where = f"{row.task}, {row.backbone}, {PROBE_NAMES[row.probe]} probe"
         sentences.append(f"{where}: {row.method} {relation} {row.other} ({numbers}).")
+    return sentences
+
+# %% ../nbs/api/17_report.ipynb #rpt00171
+def _leaders(rows):
+    "The frozen encoders above the best tuned one, as a clause on one task and probe; None if there are none."
+    frozen = rows.method == "frozen"
+    if frozen.all():
+        return None
+    best = rows[~frozen].sort_values("mean").iloc[-1]
+    ahead = rows[frozen & (rows["mean"] > best["mean"])].sort_values("mean", ascending=False)
+    if ahead.empty:
+        return None
+    scores = [f"{name} ({number_text(100 * mean)})" for name, mean in zip(ahead.backbone, ahead["mean"])]
+    highest = f"{best.backbone} after {best.method}, {number_text(100 * best['mean'])}"
+    return f"frozen encoders above every tuned one ({highest}): {', '.join(scores)}"
+
+# %% ../nbs/api/17_report.ipynb #rpt00172
+def frozen_leaders(long):
+    """Where an encoder without tuning scores higher than every tuned encoder.
+
+    Parameters
+    ----------
+    long : DataFrame
+        From `act.analysis.long_table`.
+
+    Returns
+    -------
+    list of str
+        One sentence for each task and probe where that is so.
+    """
+    measured = long[long.probe.isin(PROBE_NAMES) & long["mean"].notna()]
+    sentences = []
+    for (task, probe), rows in measured.groupby(["task", "probe"], sort=False):
+        leaders = _leaders(rows)
+        if leaders:
+            sentences.append(f"{task}, {PROBE_NAMES[probe]} probe: {leaders}.")
     return sentences
 
 # %% ../nbs/api/17_report.ipynb #rpt00015
