@@ -24,7 +24,7 @@ from tqdm import tqdm
 from .analysis import (PROBE_NAMES, chosen_table, geometry_table, long_table, not_measured, paired_table,
                           side_of_zero)
 from .backbones import check_save_folder, load_backbone
-from .classifier import AudioClassifier
+from .classifier import AudioClassifier, keep_freed_memory
 from .core import REGISTRIES, ActError, full_path, identity, import_extra, write_atomic
 from .geometry import plot_projection
 from .paper import SINGLE_LABEL_METHODS, named_methods
@@ -712,6 +712,7 @@ def compare_on(task, backbones=("speech-embedding",), methods=None, trials=None,
     ActError
         Before anything is computed, if a part of the request cannot be used; or if no run succeeds.
     """
+    keep_freed_memory()      # the workers take it over
     request = _checked(task, backbones, methods, trials, seeds, folds, passes, budget, out, jobs)
     plan = _planned(request)
     settings = _plan_text(request, plan)

@@ -35,6 +35,7 @@ import yaml
 import act
 from . import core
 from .backbones import load_backbone
+from .classifier import keep_freed_memory
 from .core import ActError, cache_dir, full_path, import_extra, write_atomic
 from .embeddings import default_fabric
 from .geometry import geometry, purity
@@ -377,6 +378,7 @@ def reproduce_all(profile, only=None, seeds=None, results=None):
     import_extra("papermill", "paper", "act reproduce", error=ReproduceError)
     parameters["results"] = str(results_folder(results, parameters))
     if seeds: parameters["seeds"] = seeds
+    keep_freed_memory()      # the kernels and their workers take it over
     out = Path(parameters["results"]) / parameters["profile"]
     outcomes = {}
     for notebook in notebooks:

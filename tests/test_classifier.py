@@ -4,6 +4,8 @@ saving, the Hub, `act predict` and `act embed`, in real processes too."""
 import base64
 import json
 import math
+import os
+import platform
 import re
 import subprocess
 import sys
@@ -916,3 +918,43 @@ def test_wrong_commands_of_embed_are_one_line(words, message, model, run, tmp_pa
         and not (tmp_path / "embeddings.npz").exists()
     )
     assert np.load(tmp_path / "mine.npz")["thesis"].tolist() == [0, 1, 2]
+
+
+KEPT = """
+import os, sys
+from pathlib import Path
+import torch
+
+def resident():
+    pages = Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGESIZE") / 2**20
+
+set_here = None
+if "keep" in sys.argv:
+    from act.classifier import keep_freed_memory
+    set_here = keep_freed_memory()
+before = resident()
+block = torch.ones(64 * 2**20)      # 256 MiB
+del block
+print(set_here, resident() - before > 200)
+print(*[name for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_") if name in os.environ])
+"""
+
+INHERITED = {"MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_MMAP_THRESHOLD_": str(2**31 - 1)}
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator than glibc's")
+@pytest.mark.parametrize(
+    "arguments, variables, kept, for_others",
+    [
+        (["keep"], {}, "True True", INHERITED),
+        ([], {}, "None False", {}),
+        (["keep"], {"MALLOC_ARENA_MAX": "2"}, "False False", {}),
+    ],
+)
+def test_freed_memory_is_kept_where_the_user_chose_nothing(arguments, variables, kept, for_others):
+    chosen = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(chosen)}
+    command = [sys.executable, "-c", KEPT, *arguments]
+    ended = subprocess.run(command, env=clean | variables, capture_output=True, text=True, check=True)
+    assert ended.stdout.split("\n")[:2] == [kept, " ".join(for_others)]
