@@ -30,8 +30,8 @@ import pandas as pd
 from matplotlib.container import ErrorbarContainer
 from matplotlib.lines import Line2D
 
-from .analysis import (CEILING, HEAD, PROBE_NAMES, claims, class_gains, derived_tables, long_table, mean_interval,
-                          option_texts, recorded, side_of_zero)
+from .analysis import (CEILING, HEAD, PROBE_NAMES, _is_measured, claims, class_gains, derived_tables, long_table,
+                          mean_interval, option_texts, recorded, side_of_zero)
 from .core import ActError, full_path, write_atomic
 from .paper import (ARTEFACTS, FIGURE_2, FIGURE_3, FIGURE_4, OTHERS, SavedTable, check_names, saved_tables,
                        seeds_text)
@@ -586,7 +586,7 @@ def findings(paired):
 # %% ../nbs/api/17_report.ipynb #rpt00171
 def _leaders(rows):
     "The frozen encoders above the best tuned one, as a clause on one task and probe; None if there are none."
-    frozen = rows.method == "frozen"
+    frozen = rows.method == FROZEN
     if frozen.all():
         return None
     best = rows[~frozen].sort_values("mean").iloc[-1]
@@ -611,7 +611,7 @@ def frozen_leaders(long):
     list of str
         One sentence for each task and probe where that is so.
     """
-    measured = long[long.probe.isin(PROBE_NAMES) & long["mean"].notna()]
+    measured = long[long.probe.isin(PROBE_NAMES) & _is_measured(long)]
     sentences = []
     for (task, probe), rows in measured.groupby(["task", "probe"], sort=False):
         leaders = _leaders(rows)
