@@ -15,7 +15,7 @@ import queue
 import sys
 import threading
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from numbers import Integral, Real
 
@@ -393,6 +393,16 @@ def _make_ahead(make, items, device, ready, stopped):
         ready.put((None, error))
 
 # %% ../nbs/api/07_embeddings.ipynb #emb00134
+def _taken(ready, thread):
+    """What a thread puts next into its queue; an error if it ends without, as it may when memory is short."""
+    while thread.is_alive():
+        with suppress(queue.Empty):
+            return ready.get(timeout=1)
+    if ready.empty():
+        return None, MemoryError("out of memory: a thread that prepares batches ended")
+    return ready.get()
+
+
 def _end(thread, ready, stopped, exiting):
     """End the thread of `prefetched`, which may be waiting for room in its queue."""
     if exiting():         # daemon threads stand still by now, perhaps with a lock, and need no end
@@ -435,10 +445,10 @@ def prefetched(make, items, device, depth=2):
     end = partial(_end, thread, ready, stopped, sys.is_finalizing)      # at exit, modules are empty
     thread.start()
     try:
-        made, error = ready.get()
+        made, error = _taken(ready, thread)
         while error is None:
             yield made
-            made, error = ready.get()
+            made, error = _taken(ready, thread)
         if error is not _END:
             raise error
     finally:

@@ -1,10 +1,12 @@
 """Batches made ahead by a thread: their order, their errors, and the end of the thread."""
 
 import gc
+import queue
 import subprocess
 import sys
 import threading
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -102,3 +104,20 @@ def test_the_setting_of_matrix_products_is_restored_after_an_error():
         assert all(s.allow_tf32 for s in settings)
         raise ValueError
     assert [s.allow_tf32 for s in settings] == before
+
+
+def test_thread_that_dies_silently_is_an_error_not_a_wait_without_end():
+    """As when memory runs out in the thread, even for its error."""
+
+    class Dying(queue.Queue):
+        def put(self, item):
+            if item[1] is not None or item[0] == 2:
+                raise MemoryError
+            super().put(item)
+
+    seen = []
+    with mock.patch("act.embeddings.queue.Queue", Dying), pytest.raises(MemoryError, match="prepares batches"):
+        with mock.patch("threading.excepthook"):
+            for made in prefetched(int, range(4), "cpu"):
+                seen.append(made)
+    assert seen == [0, 1]

@@ -111,7 +111,8 @@ def test_finished_runs_are_not_done_again(tmp_path):
 
 
 FAULTY = """
-import json, resource, sys, time
+import faulthandler, json, resource, sys, time
+faulthandler.dump_traceback_later(300, exit=True)         # a process that hangs says where
 from pathlib import Path
 from act.study import Run, Store, execute_all
 small = dict(passes=1, batch=64)
