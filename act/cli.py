@@ -556,16 +556,21 @@ def _compared(before, after):
     return frame.set_index("encoder")
 
 
+def _over_folds(mean, half):
+    """A mean and its 95 % half-width, which two folds do not have."""
+    return f"{mean:.3f}" if half != half else f"{mean:.3f} ± {half:.3f}"
+
+
 def _fold_scores(task, folds, seed, **options):
-    """Print cross-validated test scores; mean and 95 % half-width over folds for each probe and metric."""
+    """Print cross-validated test scores; for each probe and metric the mean, and its interval from three folds on."""
     from act.analysis import mean_interval
     from act.classifier import cross_validate
     scores = cross_validate(task, folds, seed, **options)
     rows = {}
     for probe, values in scores.groupby("probe", sort=False):
-        rows[probe] = {metric: mean_interval(values[metric]) for metric in values}
+        rows[probe] = {metric: _over_folds(*mean_interval(values[metric])) for metric in values}
     for probe, metrics in rows.items():
-        text = ", ".join(f"{metric} {mean:.3f} ± {half:.3f}" for metric, (mean, half) in metrics.items())
+        text = ", ".join(f"{metric} {score}" for metric, score in metrics.items())
         typer.echo(f"{folds} folds, {probe}: {text}")
     return rows
 
@@ -576,9 +581,8 @@ def _card(before, folds):
     sections = {}
     if before is not None:
         sections["Before tuning"] = before._repr_markdown_()
-    for probe, metrics in folds.items():
-        cells = {metric: f"{mean:.3f} ± {half:.3f}" for metric, (mean, half) in metrics.items()}
-        sections[f"Cross-validated test scores, {probe} (mean ± 95 % over folds)"] = cells
+    for probe, scores in folds.items():
+        sections[f"Cross-validated test scores, {probe} (mean ± 95 % over folds)"] = scores
     return {**sections, "Provenance": provenance()}
 
 # %% ../nbs/api/20_cli.ipynb #cli00174

@@ -520,7 +520,7 @@ def protocol(trials, seeds, rows=None):
     chosen = " and ".join(_trials_text(*family) for family in families.items())
     return (
         f"Test score in percent, mean over {seeds_text(seeds, rows)} (on each fold of a task with folds) "
-        "± half-width of the 95 % interval (Student's t). "
+        "± half-width of the 95 % interval where there are three or more (Student's t). "
         f"Every tuned method chose {chosen} by the mean of both probes on the validation split with seed 0; "
         "where the best learning rate of a method lay at the edge, all methods of the row got one more, "
         "at most twice; "

@@ -343,7 +343,7 @@ def test_groups_widen_the_interval_and_are_named():
 
 def test_the_own_classifier_has_a_column_where_records_hold_its_score():
     heads = [
-        record(30, seed, head=dict(test=dict(accuracy=0.9), valid=dict(accuracy=0.8))) for seed in range(2)
+        record(30, seed, head=dict(test=dict(accuracy=0.9), valid=dict(accuracy=0.8))) for seed in range(3)
     ]
     long = long_table(compared(frozen=[record(20)], vanilla=heads))
     assert (
