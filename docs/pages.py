@@ -157,7 +157,7 @@ def claims_sentence(results=RESULTS):
     if not files:
         return ""
     with files[0].open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+        rows = [row for row in csv.DictReader(file) if row["verdict"] != "not measured"]
     parts = []
     for verdict, words in VERDICTS.items():
         named = [row["claim"] for row in rows if row["verdict"] == verdict]
