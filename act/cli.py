@@ -556,21 +556,16 @@ def _compared(before, after):
     return frame.set_index("encoder")
 
 
-def _over_folds(mean, half):
-    """A mean and its 95 % half-width, which two folds do not have."""
-    return f"{mean:.3f}" if half != half else f"{mean:.3f} ± {half:.3f}"
-
-
 def _fold_scores(task, folds, seed, **options):
-    """Print cross-validated test scores; for each probe and metric the mean, and its interval from three folds on."""
+    """Print cross-validated test scores; mean and 95 % half-width over folds for each probe and metric."""
     from act.analysis import mean_interval
     from act.classifier import cross_validate
+    from act.report import _with_half_width
     scores = cross_validate(task, folds, seed, **options)
     rows = {}
     for probe, values in scores.groupby("probe", sort=False):
-        rows[probe] = {metric: _over_folds(*mean_interval(values[metric])) for metric in values}
-    for probe, metrics in rows.items():
-        text = ", ".join(f"{metric} {score}" for metric, score in metrics.items())
+        rows[probe] = {metric: _with_half_width(*mean_interval(values[metric]), 3) for metric in values}
+        text = ", ".join(f"{metric} {score}" for metric, score in rows[probe].items())
         typer.echo(f"{folds} folds, {probe}: {text}")
     return rows
 

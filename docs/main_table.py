@@ -80,7 +80,7 @@ def _cells(scores):
 
 
 def _classes(task, long):
-    """The number of classes of a task as text; rendered tasks have it in their name, empty where neither says it."""
+    """The number of classes of a task as text: by its records, or by the name of a rendered task; else empty."""
     counts = long.classes.dropna()
     named = re.search(r"^words.*-(\d+)$", task)
     if len(counts):

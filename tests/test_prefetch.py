@@ -116,8 +116,9 @@ def test_thread_that_dies_silently_is_an_error_not_a_wait_without_end():
             super().put(item)
 
     seen = []
-    with mock.patch("act.embeddings.queue.Queue", Dying), pytest.raises(MemoryError, match="prepares batches"):
-        with mock.patch("threading.excepthook"):
+    silent = mock.patch("threading.excepthook")
+    with mock.patch("act.embeddings.queue.Queue", Dying), silent:
+        with pytest.raises(MemoryError, match="prepares batches"):
             for made in prefetched(int, range(4), "cpu"):
                 seen.append(made)
     assert seen == [0, 1]
