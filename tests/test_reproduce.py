@@ -400,7 +400,7 @@ def test_every_notebook_makes_its_artefacts(tmp_path):
     } <= made
     report = (out / "index.html").read_text()
     assert (
-        report.count("data:image/svg+xml") >= 6
+        report.count("data:image/svg+xml") == 6
         and all(alt for alt in re.findall(r'<img alt="([^"]*)"', report))
         and "The dual probe shows why" in report
     )
