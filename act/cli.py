@@ -556,6 +556,23 @@ def _compared(before, after):
     return frame.set_index("encoder")
 
 
+def _changes(task, before, after):
+    """For each probe the change of its score by tuning, on the same test clips: each with its interval."""
+    from act.metrics import paired_bootstrap
+    rows = task.indices("test")
+    groups = None if task.groups is None else task.groups[rows]
+    if groups is not None and len(set(groups)) < 2:
+        groups = None
+    y = task.targets[rows].numpy()
+    metric = next(iter(after.linear.metrics))
+    pairs = {"linear": (after.linear, before.linear), "k-NN": (after.knn, before.knn)}
+    changes = {}
+    for probe, (tuned, frozen) in pairs.items():
+        compared = paired_bootstrap(metric, y, [tuned.predictions], [frozen.predictions], groups=groups)
+        changes[probe] = dict(difference=compared.difference, low=compared.low, high=compared.high)
+    return changes
+
+
 def _fold_scores(task, folds, seed, **options):
     """Print cross-validated test scores; mean and 95 % half-width over folds for each probe and metric."""
     from act.analysis import mean_interval
@@ -641,26 +658,38 @@ def tune(where: Path = typer.Argument(..., callback=_home,
     with _stdout_free(as_json):
         _announce_task(task)
         before, classifier, by_fold = _tuned(task, folds, seed, settings)
-    compared = _compared(before, classifier.dual) if before is not None else None
+    compared, changes = None, {}
+    if before is not None:
+        compared = _compared(before, classifier.dual)
+        changes = _changes(task, before, classifier.dual)
     classifier.save_pretrained(out, _card(before, by_fold), force, compared)
-    _print_tuned(out, method, before, classifier, by_fold, as_json)
+    _print_tuned(out, method, before, classifier, changes, by_fold, as_json)
 
 # %% ../nbs/api/20_cli.ipynb #cli00051
-def _scores_of_tuning(before, classifier, by_fold):
+def _change_line(changes, metric):
+    """In one line: the change of both probes by tuning."""
+    texts = []
+    for probe, change in changes.items():
+        texts.append(f"{probe} {change['difference']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}]")
+    return f"Change of {metric} by tuning: {', '.join(texts)}; in brackets the 95 % interval of the paired difference"
+
+
+def _scores_of_tuning(before, classifier, changes, by_fold):
     """The scores of `act tune` for --json."""
     after = classifier.dual
     before = before or after
     scores = dict(before=before.linear.metrics, after=after.linear.metrics,
                   knn_before=before.knn.metrics, knn_after=after.knn.metrics,
                   ece_before=classifier.calibration.ece_before, ece_after=classifier.calibration.ece_after,
+                  changes=changes,
                   chosen=_chosen(classifier))
     return {**scores, "folds": by_fold} if by_fold else scores
 
 
-def _print_tuned(out, method, before, classifier, by_fold, as_json):
+def _print_tuned(out, method, before, classifier, changes, by_fold, as_json):
     """The scores of `act tune`, and where the classifier is."""
     if as_json:
-        scores = _scores_of_tuning(before, classifier, by_fold)
+        scores = _scores_of_tuning(before, classifier, changes, by_fold)
         typer.echo(json.dumps(dict(saved=str(out), **scores)))
         return
     typer.echo(f"{_choice_line(classifier)}\n")
@@ -668,6 +697,8 @@ def _print_tuned(out, method, before, classifier, by_fold, as_json):
         typer.echo(f"before\n\n{before._repr_markdown_()}\n")
         typer.echo(f"after {method} tuning\n")
     typer.echo(f"{classifier.dual._repr_markdown_()}\n")
+    if changes:
+        typer.echo(f"{_change_line(changes, next(iter(classifier.dual.linear.metrics)))}\n")
     errors = classifier.calibration
     typer.echo(f"Expected calibration error: {errors.ece_before:.3f}, after calibration {errors.ece_after:.3f}\n")
     typer.echo(f"The classifier and its card (README.md) are in {out}; act predict {out} FILES uses it; "

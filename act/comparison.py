@@ -25,11 +25,11 @@ from .analysis import (PROBE_NAMES, chosen_table, geometry_table, long_table, no
                           side_of_zero)
 from .backbones import check_save_folder, load_backbone
 from .classifier import AudioClassifier, keep_freed_memory
-from .core import REGISTRIES, ActError, full_path, identity, import_extra, write_atomic
+from .core import REGISTRIES, ActError, full_path, identity, write_atomic
 from .geometry import plot_projection
 from .paper import SINGLE_LABEL_METHODS, named_methods
 from .report import (PAIRED_PROTOCOL, alternative_text, geometry_text, method_colours, number_text, paired_text,
-                        picture, protocol, save_figure, save_table, wide_table)
+                        picture, protocol, save_table, wide_table, write_figure)
 from .reproduce import FORWARD_SHARE, SAMPLED, audio_speed, boxed, environment_table, page_template, table_html
 from .study import (EXTENSIONS, Run, Store, compare, default_jobs, provenance, run_embedding,
                        validation_score)
@@ -310,8 +310,6 @@ def _checked_folder(out):
 # %% ../nbs/api/18a_comparison.ipynb #cmp00035a1
 def _checked(task, backbones, methods, trials, seeds, folds, passes, budget, out, jobs):
     """A request whose parts fit each other."""
-    import_extra("jinja2", "paper", "the report of a comparison", ComparisonError)
-    import_extra("IPython", "paper", "the report of a comparison", ComparisonError)
     out = _checked_folder(out)
     task = load_task(task) if isinstance(task, str) else task
     splits = _folds_of(task, folds)
@@ -657,8 +655,7 @@ def _write_report(result, figures):
         shown.append((name, heading, caption, _as_html(wide, heading)))
     pictures = {}
     for name, (figure, alt) in figures.items():
-        save_figure(name, result.out, figure, alt)
-        path = result.out / f"{name}.svg"
+        path = write_figure(name, result.out, figure, alt)
         pictures[name] = boxed(picture(path, alternative_text(path)), name)
     page = page_template("comparison.html").render(
         task=next(iter(result.comparisons))[0],

@@ -9,9 +9,9 @@ __all__ = ['PRINTED_PROBES', 'MEASURES', 'MARKS', 'VERDICT_RULE', 'CHOSEN_PROTOC
            'number_text', 'wide_table', 'paired_text', 'measure_words', 'geometry_text', 'claims_text', 'verdicts_text',
            'matrix_text', 'tasks_text', 'printed', 'protocol', 'findings', 'frozen_leaders', 'verdict_sentences',
            'separation_sentences', 'best_by_measures', 'reported', 'with_reported', 'as_html', 'show_table',
-           'save_table', 'differing_files', 'method_colours', 'save_figure', 'picture', 'alternative_text',
-           'effects_figure', 'method_markers', 'class_styles', 'class_count_points', 'class_count_figure', 'map_figure',
-           'purity_figure', 'budget_figure', 'redraw_figures', 'listen']
+           'save_table', 'differing_files', 'method_colours', 'write_figure', 'save_figure', 'picture',
+           'alternative_text', 'effects_figure', 'method_markers', 'class_styles', 'class_count_points',
+           'class_count_figure', 'map_figure', 'purity_figure', 'budget_figure', 'redraw_figures', 'listen']
 
 # %% ../nbs/api/17_report.ipynb #rep00003
 import base64
@@ -1226,8 +1226,8 @@ def method_colours(methods):
     return colours
 
 # %% ../nbs/api/17_report.ipynb #rpt00027
-def save_figure(name, folder, figure, alt):
-    """Write a figure as SVG and PDF, close it and show it.
+def write_figure(name, folder, figure, alt):
+    """Write a figure as SVG and PDF, and close it.
 
     Parameters
     ----------
@@ -1242,8 +1242,8 @@ def save_figure(name, folder, figure, alt):
 
     Returns
     -------
-    IPython.display.HTML
-        The picture with its alternative text.
+    Path
+        The SVG.
     """
     folder = full_path(folder)
     for suffix, date in (("svg", "Date"), ("pdf", "CreationDate")):
@@ -1252,8 +1252,24 @@ def save_figure(name, folder, figure, alt):
             figure.savefig(buffer, format=suffix, metadata={date: None, "Title": alt})
         write_atomic(folder / f"{name}.{suffix}", buffer.getvalue())
     plt.close(figure)
+    return folder / f"{name}.svg"
+
+
+def save_figure(name, folder, figure, alt):
+    """Write a figure with `write_figure`, and show it.
+
+    Parameters
+    ----------
+    name, folder, figure, alt
+        As for `write_figure`.
+
+    Returns
+    -------
+    IPython.display.HTML
+        The picture with its alternative text.
+    """
     from IPython.display import HTML
-    return HTML(picture(folder / f"{name}.svg", alt))
+    return HTML(picture(write_figure(name, folder, figure, alt), alt))
 
 # %% ../nbs/api/17_report.ipynb #rpt00028
 def picture(path, alt):
@@ -1277,7 +1293,7 @@ def picture(path, alt):
 
 # %% ../nbs/api/17_report.ipynb #rpt00045
 def alternative_text(path):
-    """The text that `save_figure` wrote into an SVG file.
+    """The text that `write_figure` wrote into an SVG file.
 
     Parameters
     ----------
@@ -1689,7 +1705,7 @@ def redraw_figures(folder):
         records, = comparisons[FIGURE_3].values()
         figures[FIGURE_3_PURITY] = purity_figure(records)
     for name, figure in figures.items():
-        save_figure(name, folder, figure, ALTERNATIVES[name])
+        write_figure(name, folder, figure, ALTERNATIVES[name])
     return list(figures)
 
 # %% ../nbs/api/17_report.ipynb #rep00080

@@ -17,6 +17,7 @@ import soundfile as sf
 from forked import run_code
 
 from act import cli, reproduce
+from act.backbones import load_backbone
 from act.core import ActError
 from act.paper import (
     ARTEFACTS,
@@ -30,7 +31,9 @@ from act.paper import (
     planned_runs,
     register_artefact,
 )
+from act.probes import probe
 from act.study import Store, StudyError, default_jobs, run_threads
+from act.tasks import load_task
 
 ACT = Path(sys.executable).with_name("act")
 
@@ -341,6 +344,7 @@ def test_tuning_says_what_it_chose(act, audio, tmp_path):
         and "chosen by the mean validation score" in line
     )
     assert line.count("1e-05") >= 1 and out.count("3 folds, ") == 2 and " ± " in out
+    assert "Change of accuracy by tuning: linear " in out
     card = (tmp_path / "model" / "README.md").read_text()
     for section in (
         "## Trials",
@@ -356,6 +360,22 @@ def test_tuning_says_what_it_chose(act, audio, tmp_path):
     assert status == 0 and "Settings: the encoder is frozen" in out, err
     card = (tmp_path / "frozen" / "README.md").read_text()
     assert out.count("| linear") == 1 and "before" not in out and "Before tuning" not in card
+    assert "Change of " not in out
+
+
+@pytest.mark.parametrize("name, groups", [("words-8", 1), ("words-8", 2), ("words-8", None), ("words-mix-8", None)])
+def test_the_change_by_tuning_is_that_of_the_scores(name, groups):
+    """Of one label or several, with one group of test clips, several, or none."""
+    task = load_task(name)
+    if groups != 2:
+        task.groups = None if groups is None else np.full(len(task), "a")
+    before, after = (probe(load_backbone(b), task, progress=False) for b in ("random:speech-embedding", "log-mel"))
+    metric = "mAP" if task.multilabel else "accuracy"
+    for change, ours, theirs in zip(
+        cli._changes(task, before, after).values(), (after.linear, after.knn), (before.linear, before.knn)
+    ):
+        assert change["difference"] == pytest.approx(ours.metrics[metric] - theirs.metrics[metric], abs=1e-6)
+        assert change["low"] <= change["difference"] <= change["high"]
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,29 @@ def test_the_library_works_without_extras():
     assert run(code).strip() == "torch.Size([2, 128]) True"
 
 
+COMPARING = """
+from act.comparison import compare_on
+from act.tasks import folder_task
+if __name__ == "__main__":
+    compare_on(folder_task(folder / "data"), "random:speech-embedding", ["frozen", "vanilla"], seeds=1, passes=1,
+               out=folder / "report", jobs=1, progress=False)
+    print(sorted(path.suffix for path in (folder / "report").iterdir()))
+"""
+
+
+def test_a_comparison_works_without_extras(tmp_path):
+    """Its report, too, with figures and tables."""
+    writing = COMMANDS.partition("tune = ")[0]
+    code = (
+        BLOCKER.format(blocked=EXTRAS_ONLY)
+        + f"from pathlib import Path\nfolder = Path({str(tmp_path)!r})\n{writing}{COMPARING}"
+    )
+    output = run(code, ACT_CACHE=str(tmp_path / "cache"))
+    for suffix in (".html", ".md", ".svg", ".tex"):
+        assert repr(suffix) in output
+    assert (tmp_path / "report" / "model" / "README.md").is_file()
+
+
 @pytest.mark.slow
 def test_the_command_line_works_without_extras(tmp_path):
     """Tuning on a folder, prediction with the result, and the doctor."""
