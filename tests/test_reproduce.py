@@ -1,6 +1,8 @@
 """The paper notebooks by papermill: complete, resumable, byte-identical, and clear about mistakes."""
 
+import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -133,6 +135,33 @@ def test_tables_follow_from_the_records(first):
         assert wrong.returncode == 1 and "table_2_single_label" in wrong.stderr
     finally:
         csv.write_text(true)
+
+
+def test_committed_results_follow_from_what_is_kept(first, tmp_path, repo):
+    """Of runs that no table shows, scores are kept; results that were there before are replaced."""
+    store = tmp_path / "store"
+    shutil.copytree(first / "tiny", store)
+    record = next((store / "runs").glob("*.json"))
+    trial = record.with_name(f"{24 * '0'}.json")
+    shutil.copyfile(record, trial)
+    kept = tmp_path / "kept"
+    (kept / "runs").mkdir(parents=True)
+    (kept / "runs" / "old.json").write_text("{}")
+    copied = subprocess.run(
+        [sys.executable, repo / "docs" / "commit_results.py", store, kept], capture_output=True, text=True
+    )
+    assert copied.returncode == 0, copied.stderr
+    assert act("check-results", kept).returncode == 0
+    assert tables(kept) == tables(store)
+    names = {path.name for path in (store / "runs").glob("*.json")}
+    shown = {path.name for path in (kept / "runs").iterdir()}
+    trials = {path.name for path in (kept / "trials").iterdir()}
+    assert trials == {trial.name} and shown == names - trials
+    for name in names:
+        whole = json.loads((store / "runs" / name).read_text())
+        part = json.loads((kept / ("trials" if name in trials else "runs") / name).read_text())
+        left_out = {"groups", "jackknife", "predictions", "truth"} if name in trials else set()
+        assert part == {field: value for field, value in whole.items() if field not in left_out}
 
 
 def test_the_report_needs_no_other_host_and_names_no_folder_of_the_machine(first):
