@@ -48,9 +48,12 @@ def copy_results(store, folder):
             shutil.copyfile(path, new / "runs" / path.name)
         else:
             (new / "trials" / path.name).write_text(thinned(path), encoding="utf-8")
+    others = len(records) - len(shown)
+    with open(new / "README.md", "a", encoding="utf-8") as readme:
+        readme.write(f"\nHere `runs/` has the {len(shown)} runs that are shown, and `trials/` the scores of the other {others}.\n")
     shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)
-    return len(shown), len(records) - len(shown)
+    return len(shown), others
 
 
 if __name__ == "__main__":

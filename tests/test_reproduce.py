@@ -157,6 +157,7 @@ def test_committed_results_follow_from_what_is_kept(first, tmp_path, repo):
     shown = {path.name for path in (kept / "runs").iterdir()}
     trials = {path.name for path in (kept / "trials").iterdir()}
     assert trials == {trial.name} and shown == names - trials
+    assert "the scores of the other 1" in (kept / "README.md").read_text()
     for name in names:
         whole = json.loads((store / "runs" / name).read_text())
         part = json.loads((kept / ("trials" if name in trials else "runs") / name).read_text())
