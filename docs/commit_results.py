@@ -1,8 +1,8 @@
 """Copy the results of a profile into the repository: `python docs/commit_results.py STORE results/small`.
 
 Tables, figures and the records that they show are copied whole. `trials` has the other runs, most of them
-settings that were not chosen: their scores and provenance, without the labels and predictions of each test clip,
-which no table reads and which are most of the bytes.
+settings that were not chosen: their scores and provenance, without the labels and predictions of each test
+clip, which no table reads and which are most of the bytes.
 """
 
 import json
@@ -50,8 +50,8 @@ def copy_results(store, folder):
             (new / "trials" / path.name).write_text(thinned(path), encoding="utf-8")
     others = len(records) - len(shown)
     with open(new / "README.md", "a", encoding="utf-8") as readme:
-        kept = f"`runs/` has the {len(shown)} runs that are shown, and `trials/` the scores of the other {others}"
-        readme.write(f"\nHere {kept}.\n")
+        runs = f"`runs/` has the {len(shown)} runs that are shown"
+        readme.write(f"\nHere {runs}, and `trials/` the scores of the other {others}.\n")
     shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)
     return len(shown), others
