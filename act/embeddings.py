@@ -393,6 +393,17 @@ def _make_ahead(make, items, device, ready, stopped):
         ready.put((None, error))
 
 # %% ../nbs/api/07_embeddings.ipynb #emb00134
+class _Started(threading.Event):
+    """What `Thread.start` waits for, within a limit: with no memory left, a thread ends before it is set."""
+
+    SECONDS = 30
+
+    def wait(self, timeout=None):
+        if not super().wait(self.SECONDS if timeout is None else timeout):
+            raise MemoryError("out of memory: a thread that prepares batches did not start")
+        return True
+
+
 def _taken(ready, thread):
     """What a thread puts next into its queue; an error if it ends without, as it may when memory is short."""
     while thread.is_alive():
@@ -442,6 +453,7 @@ def prefetched(make, items, device, depth=2):
     stopped = threading.Event()
     arguments = make, items, device, ready, stopped
     thread = threading.Thread(target=_make_ahead, args=arguments, name="prefetched", daemon=True)
+    thread._started = _Started()        # CPython's own is waited for without limit
     end = partial(_end, thread, ready, stopped, sys.is_finalizing)      # at exit, modules are empty
     thread.start()
     try:
