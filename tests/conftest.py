@@ -82,3 +82,16 @@ def pytest_runtest_setup(item):
 
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+
+
+ALLOCATOR = {name: os.environ.get(name) for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")}
+
+
+@pytest.fixture(autouse=True)
+def allocator_of_its_own():
+    """What `keep_freed_memory` sets for later processes is not there in a test that did not call it: a process
+    whose memory is bounded must not keep what it freed."""
+    for name, value in ALLOCATOR.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
