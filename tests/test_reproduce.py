@@ -12,6 +12,7 @@ import yaml
 from forked import run_act
 
 from act import cli
+from act.study import Store
 
 ACT = Path(sys.executable).with_name("act")
 TINY = dict(
@@ -141,9 +142,9 @@ def test_committed_results_follow_from_what_is_kept(first, tmp_path, repo):
     """Of runs that no table shows, scores are kept; results that were there before are replaced."""
     store = tmp_path / "store"
     shutil.copytree(first / "tiny", store)
-    record = next((store / "runs").glob("*.json"))
-    trial = record.with_name(f"{24 * '0'}.json")
-    shutil.copyfile(record, trial)
+    runs = Store(store / "runs")
+    runs.put(runs.records()[0] | dict(key=64 * "0"))
+    trial = runs.path(64 * "0")
     kept = tmp_path / "kept"
     (kept / "runs").mkdir(parents=True)
     (kept / "runs" / "old.json").write_text("{}")
