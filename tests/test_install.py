@@ -84,14 +84,16 @@ def test_a_loss_needs_torch_and_little_else():
     assert run(code).strip() == "[]"
 
 
-COMMANDS = """
-import sys
+RECORDINGS = """
 import numpy as np, soundfile
-from act import cli
 for name, hz in dict(cat=900, dog=300).items():
     (folder / "data" / name).mkdir(parents=True)
     for i in range(8):
         soundfile.write(folder / "data" / name / f"{i}.wav", .3 * np.sin(2 * np.pi * (hz + 5 * i) * np.arange(8000) / 8000), 8000)
+"""
+COMMANDS = """
+import sys
+from act import cli
 tune = ["tune", folder / "data", "--backbone", "random:speech-embedding", "--passes", "1", "--out", folder / "tuned"]
 for words in (tune, ["predict", folder / "tuned", folder / "data" / "cat" / "0.wav"], ["doctor"]):
     sys.argv = ["act", *map(str, words)]
@@ -123,10 +125,9 @@ if __name__ == "__main__":
 
 def test_a_comparison_works_without_extras(tmp_path):
     """Its report, too, with figures and tables."""
-    writing = COMMANDS.partition("tune = ")[0]
     code = (
         BLOCKER.format(blocked=EXTRAS_ONLY)
-        + f"from pathlib import Path\nfolder = Path({str(tmp_path)!r})\n{writing}{COMPARING}"
+        + f"from pathlib import Path\nfolder = Path({str(tmp_path)!r})\n{RECORDINGS}{COMPARING}"
     )
     output = run(code, ACT_CACHE=str(tmp_path / "cache"))
     for suffix in (".html", ".md", ".svg", ".tex"):
@@ -139,7 +140,7 @@ def test_the_command_line_works_without_extras(tmp_path):
     """Tuning on a folder, prediction with the result, and the doctor."""
     code = (
         BLOCKER.format(blocked=EXTRAS_ONLY)
-        + f"from pathlib import Path\nfolder = Path({str(tmp_path)!r})\n{COMMANDS}"
+        + f"from pathlib import Path\nfolder = Path({str(tmp_path)!r})\n{RECORDINGS}{COMMANDS}"
     )
     output = run(code, ACT_CACHE=str(tmp_path / "cache"))
     for command in ("tune", "predict"):

@@ -125,15 +125,11 @@ def test_thread_that_dies_silently_is_an_error_not_a_wait_without_end():
     assert seen == [0, 1]
 
 
-@pytest.mark.parametrize("started", [False, True])
-def test_a_thread_that_cannot_start_is_out_of_memory(started, monkeypatch):
+def test_a_thread_that_cannot_start_is_out_of_memory():
     """With no memory left the system makes a thread that ends before its first line, silently; others start."""
     name = "_start_joinable_thread" if hasattr(threading, "_start_joinable_thread") else "_start_new_thread"
-    monkeypatch.setattr(embeddings._Started, "SECONDS", 0.2)
-    if not started:
-        monkeypatch.setattr(threading, name, lambda *arguments, **options: None)
+    with mock.patch.object(embeddings._Started, "SECONDS", 0.2), mock.patch.object(threading, name):
         with pytest.raises(MemoryError, match="did not start"):
             list(prefetched(int, range(4), "cpu"))
-        monkeypatch.undo()
-        threading._limbo.clear()
+    threading._limbo.clear()
     assert list(prefetched(int, range(4), "cpu")) == [0, 1, 2, 3]
