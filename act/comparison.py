@@ -28,8 +28,8 @@ from .classifier import AudioClassifier, keep_freed_memory
 from .core import REGISTRIES, ActError, full_path, identity, write_atomic
 from .geometry import plot_projection
 from .paper import SINGLE_LABEL_METHODS, named_methods
-from .report import (PAIRED_PROTOCOL, alternative_text, geometry_text, method_colours, number_text, paired_text,
-                        picture, protocol, save_table, wide_table, write_figure)
+from .report import (PAIRED_PROTOCOL, geometry_text, method_colours, number_text, paired_text, picture, protocol,
+                        save_table, wide_table, write_figure)
 from .reproduce import FORWARD_SHARE, SAMPLED, audio_speed, boxed, environment_table, page_template, table_html
 from .study import (EXTENSIONS, Run, Store, compare, default_jobs, provenance, run_embedding,
                        validation_score)
@@ -656,7 +656,7 @@ def _write_report(result, figures):
     pictures = {}
     for name, (figure, alt) in figures.items():
         path = write_figure(name, result.out, figure, alt)
-        pictures[name] = boxed(picture(path, alternative_text(path)), name)
+        pictures[name] = boxed(picture(path, alt), name)
     page = page_template("comparison.html").render(
         task=next(iter(result.comparisons))[0],
         settings=result.settings,

@@ -10,7 +10,6 @@ __all__ = ['PACKAGES', 'MAX_BLOCKS', 'GEOMETRY_CLIPS', 'REMEDIES', 'ALL', 'EXTEN
 
 # %% ../nbs/api/15_study.ipynb #stu00003
 import errno
-import gc
 import importlib
 import importlib.metadata
 import json
@@ -758,9 +757,7 @@ def _outcome(run, folder, progress):
     try:
         return _execute(run, folder, progress), True
     except Exception as e:
-        failed = _failure(e), isinstance(e, ActError)
-    gc.collect()            # what was left in cycles: after a run out of memory, the next one needs the room
-    return failed
+        return _failure(e), isinstance(e, ActError)
 
 # %% ../nbs/api/15_study.ipynb #stu00243
 def _setting(name, otherwise):
