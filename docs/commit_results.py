@@ -32,6 +32,10 @@ def copy_results(store, folder):
     """Replace a folder by the results of a store; the numbers of records shown and of others."""
     store, folder = Path(store), Path(folder)
     shown = shown_keys(store)
+    if not shown:
+        sys.exit(f"{store} shows no records: name the folder of a profile")
+    if (folder / "notebooks").exists():
+        sys.exit(f"{folder} is itself made by act reproduce: name the folder that is committed")
     new = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)

@@ -166,6 +166,16 @@ def test_committed_results_follow_from_what_is_kept(first, tmp_path, repo):
         assert part == {field: value for field, value in whole.items() if field not in left_out}
 
 
+def test_results_are_not_replaced_by_mistake(first, tmp_path, repo):
+    """Arguments in the wrong order, and a folder without records."""
+    for store, folder in ((first / "tiny", first / "tiny"), (tmp_path, first / "tiny")):
+        before = sorted(folder.rglob("*"))
+        script = repo / "docs" / "commit_results.py"
+        refused = subprocess.run([sys.executable, script, store, folder], capture_output=True, text=True)
+        assert refused.returncode == 1 and refused.stderr.count("\n") == 1
+        assert sorted(folder.rglob("*")) == before
+
+
 def test_the_report_needs_no_other_host_and_names_no_folder_of_the_machine(first):
     out = first / "tiny"
     index = (out / "index.html").read_text()
