@@ -6,9 +6,8 @@
 __all__ = ['LORA_RANK', 'LORA_ALPHA', 'WEIGHTS', 'CONFIG', 'CARD', 'ASSETS', 'BackboneError', 'masked_mean', 'masked_max',
            'Backbone', 'register_backbone', 'tuned_share', 'set_trainable', 'load_backbone', 'Wrapped', 'all_trainable',
            'wrap', 'LogMel', 'SpeechEmbedding', 'AISFX', 'GE2E', 'MusicVGGBackbone', 'MusiCNNBackbone',
-           'LayeredBackbone', 'HalfLayerNorm', 'SpeechTransformer', 'Whisper', 'HuggingFace', 'HFWaveform',
-           'HFSequence', 'HFFixedSpan', 'HFSpectrogramTransformer', 'HFWhisper', 'HFClap', 'check_save_folder',
-           'list_backbones']
+           'LayeredBackbone', 'SpeechTransformer', 'Whisper', 'HuggingFace', 'HFWaveform', 'HFSequence', 'HFFixedSpan',
+           'HFSpectrogramTransformer', 'HFWhisper', 'HFClap', 'check_save_folder', 'list_backbones']
 
 # %% ../nbs/api/06_backbones.ipynb #bac00003
 import contextlib
@@ -37,7 +36,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from .core import DISK_FULL, ActError, Registry, file_digest, full_path, import_extra, near_matches
-from .encoders import (batched_features, is_padded, on_device, silence_padding, valid_frames,
+from .encoders import (attention_kernels, batched_features, is_padded, on_device, silence_padding, valid_frames,
                           without_autocast)
 from .manifest import weight_file
 
@@ -1321,40 +1320,6 @@ def _fast_positions(embedding, h):
         y = y + convolution.bias.to(dtype)[:, None]
         return F.gelu(y.to(h.dtype)).mT
 
-# %% ../nbs/api/06_backbones.ipynb #bac00318
-class HalfLayerNorm(nn.LayerNorm):
-    """Layer normalisation whose input and output are in half precision where products are; see `fast`.
-
-    Attributes
-    ----------
-    fast : bool or None
-        Always or never; None is on a GPU under autocast. The statistics are in float32 in any case.
-    """
-    fast = None
-
-    @classmethod
-    def from_layer_norm(cls, norm):
-        """The same normalisation, with the parameters of a LayerNorm."""
-        half = cls(norm.normalized_shape, norm.eps, device="meta")
-        half.weight = norm.weight
-        half.bias = norm.bias
-        return half.train(norm.training)
-
-    def forward(self, x):
-        if not _is_fast(self.fast, x):
-            return super().forward(x)
-        dtype = _computing_type(x)
-        with without_autocast(x):
-            return _half_layer_norm(self, x.to(dtype))
-
-# %% ../nbs/api/06_backbones.ipynb #bac00319
-def _halve_layer_norms(network):
-    """Replace the layer norms inside `network` by those that compute in half precision."""
-    for module in list(network.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is nn.LayerNorm:
-                setattr(module, name, HalfLayerNorm.from_layer_norm(child))
-
 # %% ../nbs/api/06_backbones.ipynb #bac00321
 def _convolved_lengths(extractor, lengths):
     """Vectors that the convolutions make of clips of `lengths` samples, (B,) -> (B,)."""
@@ -1401,8 +1366,6 @@ class SpeechTransformer(LayeredBackbone):
         strides = [convolution.stride for convolution in convolutions]
         self.min_seconds = _receptive_field(kernels, strides) / self.sample_rate
         _mask_group_norms(model.feature_extractor)
-        if not self.blocks[0].layer_norm_first:
-            _halve_layer_norms(model.encoder)
         self.choose_layer(self.blocks, layer)
 
     @property
@@ -1439,12 +1402,13 @@ def _run_layers(self: SpeechTransformer, h, masks):
     attention = self.blocks[0].attention
     if getattr(attention, "rel_attn_embed", None) is not None:
         position_bias = _position_bias(attention, *h.shape[:2])
-    for index, layer in enumerate(self.blocks):
-        may_skip = index > 0 and self.training and self.layer_drop > 0
-        if may_skip and torch.rand(()) < self.layer_drop:
-            continue
-        h, position_bias = layer(h, position_bias=position_bias, **masks)
-        hidden.append(h)
+    with attention_kernels(h):
+        for index, layer in enumerate(self.blocks):
+            may_skip = index > 0 and self.training and self.layer_drop > 0
+            if may_skip and torch.rand(()) < self.layer_drop:
+                continue
+            h, position_bias = layer(h, position_bias=position_bias, **masks)
+            hidden.append(h)
     return hidden
 
 # %% ../nbs/api/06_backbones.ipynb #bac00042b

@@ -4,25 +4,28 @@
 
 # %% auto #0
 __all__ = ['SPEECH_WINDOW', 'SPEECH_STRIDE', 'SPEECH_STAGES', 'AISFX_WINDOW', 'AISFX_HOP', 'AISFX_PEAK', 'GE2E_WINDOW',
-           'GE2E_HOP', 'GE2E_LOUDNESS', 'WHISPER_STEP', 'WHISPER_POSITIONS', 'WHISPER_SPAN', 'on_device', 'is_padded',
-           'valid_frames', 'silence_padding', 'without_autocast', 'MelSpectrogram', 'slaney_filters', 'speech_network',
-           'speech_mel', 'speech_decibels', 'read_speech_network', 'warped_filters', 'aisfx_mel', 'aisfx_network',
-           'read_aisfx_network', 'ge2e_mel', 'GE2ENetwork', 'read_ge2e_network', 'ge2e_windows',
-           'read_tensorflow_checkpoint', 'musicnn_mel', 'MusicVGG', 'MusiCNN', 'MusiCNNBackend', 'load_musicnn',
-           'read_music_vgg', 'read_musicnn', 'MaskedGroupNorm', 'unit_variance', 'whisper_mel', 'whisper_vectors',
-           'whisper_scale', 'whisper_log_mel', 'sinusoids', 'WhisperLayer', 'WhisperNetwork', 'read_ctranslate2',
-           'read_whisper_network', 'KaldiFilterBank', 'kaldi_filter_bank', 'ASTFeatures', 'WhisperFeatures',
-           'repeat_clips', 'ClapFeatures', 'SeamlessFeatures', 'WaveformFeatures', 'batched_features']
+           'GE2E_HOP', 'GE2E_LOUDNESS', 'WHISPER_STEP', 'WHISPER_POSITIONS', 'WHISPER_SPAN', 'SHORT_SEQUENCE',
+           'on_device', 'is_padded', 'valid_frames', 'silence_padding', 'without_autocast', 'MelSpectrogram',
+           'slaney_filters', 'speech_network', 'speech_mel', 'speech_decibels', 'read_speech_network', 'warped_filters',
+           'aisfx_mel', 'aisfx_network', 'read_aisfx_network', 'ge2e_mel', 'GE2ENetwork', 'read_ge2e_network',
+           'ge2e_windows', 'read_tensorflow_checkpoint', 'musicnn_mel', 'MusicVGG', 'MusiCNN', 'MusiCNNBackend',
+           'load_musicnn', 'read_music_vgg', 'read_musicnn', 'MaskedGroupNorm', 'unit_variance', 'whisper_mel',
+           'whisper_vectors', 'whisper_scale', 'whisper_log_mel', 'sinusoids', 'attention_kernels', 'WhisperLayer',
+           'WhisperNetwork', 'read_ctranslate2', 'read_whisper_network', 'KaldiFilterBank', 'kaldi_filter_bank',
+           'ASTFeatures', 'WhisperFeatures', 'repeat_clips', 'ClapFeatures', 'SeamlessFeatures', 'WaveformFeatures',
+           'batched_features']
 
 # %% ../nbs/api/05_encoders.ipynb #enc00003
 import math
 import struct
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchaudio.compliance.kaldi import get_mel_banks
 from torchaudio.functional import melscale_fbanks
@@ -879,6 +882,19 @@ def sinusoids(positions, width):
     angles = torch.arange(positions)[:, None] * frequencies       # (positions, half)
     return torch.cat([angles.sin(), angles.cos()], 1)
 
+# %% ../nbs/api/05_encoders.ipynb #enc00067c
+SHORT_SEQUENCE = 128        # vectors, up to which the memory-efficient kernel is the faster one
+
+
+def attention_kernels(h):
+    """The context in which attention between vectors (B, F, D) is computed by the kernel for their number.
+
+    Only a GPU has a choice.
+    """
+    if not h.is_cuda or h.shape[1] > SHORT_SEQUENCE:
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+
 # %% ../nbs/api/05_encoders.ipynb #enc00068
 class WhisperLayer(nn.Module):
     """A transformer layer that normalises first: attention, then two linear layers."""
@@ -936,8 +952,9 @@ class WhisperNetwork(nn.Module):
             real = valid_frames(counts, vectors, h.device)
             mask = real[:, None, None].expand(-1, 1, vectors, -1)
         hidden = [h]
-        for block in self.blocks:
-            hidden.append(block(hidden[-1], mask))
+        with attention_kernels(h):
+            for block in self.blocks:
+                hidden.append(block(hidden[-1], mask))
         return hidden
 
 # %% ../nbs/api/05_encoders.ipynb #enc00073

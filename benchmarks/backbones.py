@@ -9,7 +9,8 @@ without our masks and pooling for the transformers. `features/hf-NAME` is the sp
 model (random weights, published size), whose peer is the feature extractor of the library.
 
 On a GPU there is also `memory/NAME`, the peak of a step, and `mfu/NAME`, the share of the measured rate of
-matrix products that a step reaches; `waits/NAME` is how often a step waits for the GPU.
+matrix products that a step reaches with the operations that the network needs; `waits/NAME` is how often a
+step waits for the GPU.
 """
 
 import contextlib
@@ -19,8 +20,15 @@ from pathlib import Path
 
 import torch
 import torchaudio
-from measuring import add_device_option, matmul_rate, option_parser, record, report, seconds_per_call
-from torch.utils.flop_counter import FlopCounterMode
+from measuring import (
+    add_device_option,
+    matmul_rate,
+    option_parser,
+    record,
+    report,
+    seconds_per_call,
+    training_operations,
+)
 
 from act.backbones import load_backbone
 from act.encoders import SPEECH_STRIDE, SPEECH_WINDOW, speech_decibels
@@ -136,10 +144,9 @@ def step_records(name, backbone, x, repeats, precision):
         yield record(f"waits/{name}", kind, waits, unit="waits", higher_is_better=False)
         peak = torch.cuda.max_memory_allocated(device)
         yield record(f"memory/{name}", kind, peak / 2**30, unit="GiB", higher_is_better=False)
-        with FlopCounterMode(display=False) as counter:
-            one_step()
-        rate = counter.get_total_flops() / seconds
-        yield record(f"mfu/{name}", kind, rate, matmul_rate(device), "matrix product", "FLOP/s")
+        peak_rate = matmul_rate(device)
+        rate = len(x) * training_operations(backbone, x.shape[1]) / seconds
+        yield record(f"mfu/{name}", kind, rate, peak_rate, "matrix product", "FLOP/s")
 
 
 def published_size(kind):

@@ -201,6 +201,21 @@ def best_times(works, repeats, device="cpu", clock=wall_time):
 
 
 @functools.cache
+def training_operations(backbone, samples):
+    """Floating-point operations that training an encoder takes for one clip of so many samples.
+
+    Three times those of a forward pass, once for the outputs and twice for the two gradients, counted on the
+    CPU, where every layer is computed as its library does, and with attention as plain products. Kernels that
+    need fewer or more operations do not change the number.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        backbone.cpu().eval()(torch.zeros(1, samples))
+    return 3 * counter.get_total_flops()
+
+
 def matmul_rate(device, n=8192):
     """Operations per second of a large bf16 matrix product."""
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16)

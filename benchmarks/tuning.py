@@ -15,7 +15,9 @@ itself.
   pairs explicitly), so its epoch embeds each clip many times; ours embeds two views.
 * `mfu` (CUDA): `mfu/wav2vec2-base/contrastive/256x1s` and `64x10s` are floating-point operations per second
   of whole contrastive steps (one view of each clip, augmented, mixed bfloat16), against the measured rate of
-  a bf16 product of 8192 x 8192 matrices. `memory/...` is the peak memory of these steps.
+  a bf16 product of 8192 x 8192 matrices. They count what the network needs, whichever way it is computed;
+  `products/...` counts the operations of the products and convolutions that were run. `memory/...` is the
+  peak memory of these steps.
 * `prepare`: `prepare/wav2vec2-base/...` is the seconds in which a CPU prepares such a batch, against a fifth
   of the seconds that an H100 would need for the step at 40 % of its dense bf16 rate.
 """
@@ -43,6 +45,7 @@ from measuring import (
     report,
     seconds_per_call,
     timed,
+    training_operations,
     wait_for,
 )
 from torch import nn
@@ -319,14 +322,17 @@ def of_matrix_rate(options):
         loop = contrastive_loop(clips, seconds, options, "bf16-mixed")
         with FlopCounterMode(display=False) as counter:
             loop.advance()
-        operations = counter.get_total_flops()
+        products = counter.get_total_flops()
         loop.advance()
         torch.cuda.reset_peak_memory_stats()
         per_step = seconds_per_step(loop, options.timed_steps)
         peak = torch.cuda.max_memory_allocated() / 2**30
         name = f"wav2vec2-base/contrastive/{clips}x{seconds}s"
         rate = matmul_rate(torch.device("cuda"))
+        encoder = untrained("wav2vec2-base")
+        operations = clips * training_operations(encoder, seconds * encoder.sample_rate)
         yield record(f"mfu/{name}", device, operations / per_step, rate, "matrix product", "FLOP/s")
+        yield record(f"products/{name}", device, products / per_step, rate, "matrix product", "FLOP/s")
         yield record(f"step/{name}", device, clips / per_step)
         yield record(f"memory/{name}", device, peak, unit="GiB", higher_is_better=False)
         del loop
@@ -336,10 +342,8 @@ def of_matrix_rate(options):
 def preparation(options):
     """Seconds to prepare a batch, against a fifth of an H100's step."""
     for clips, seconds in LONG_AND_SHORT:
-        few = contrastive_loop(2, seconds, options, "32-true")
-        with FlopCounterMode(display=False) as counter:
-            few.advance()
-        operations = counter.get_total_flops() * clips / 2
+        encoder = untrained("wav2vec2-base")
+        operations = clips * training_operations(encoder, seconds * encoder.sample_rate)
         loop = contrastive_loop(clips, seconds, options, "32-true")
         prepared = seconds_per_call(lambda: loop._prepare(0), "cpu", 3 + options.repeats, warm_up=0)
         h100 = operations / (0.4 * H100_BF16)

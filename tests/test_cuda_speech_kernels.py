@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from act.backbones import load_backbone
+from act.encoders import attention_kernels
 
 from test_backbones import apart
 from test_cuda_backbones import pytestmark, without_tf32  # noqa: F401
@@ -49,3 +50,11 @@ def test_half_precision_is_no_further_from_float32(base):
         assert F.cosine_similarity(z.float(), exact).min() > 0.999
     errors = [relative_error(grads, exact_grads) for _, grads in results]
     assert errors[1] <= max(2 * errors[0], 0.02)
+
+
+@pytest.mark.parametrize("frames, flash", [(49, False), (499, True)])
+def test_short_sequences_take_another_kernel(frames, flash):
+    with attention_kernels(torch.zeros(1, frames, 4, device="cuda")):
+        assert torch.backends.cuda.flash_sdp_enabled() == flash
+        assert torch.backends.cuda.mem_efficient_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()

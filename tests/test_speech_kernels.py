@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from act.backbones import HalfLayerNorm, _can_be_rows, _is_fast, set_trainable
+from act.backbones import _can_be_rows, _is_fast, set_trainable
 
 from test_backbones import apart, clips, small_torchaudio
 from test_devices import assert_never_waits
@@ -14,12 +14,9 @@ KINDS = ("group_norm", "layer_norm", "wavlm")
 SECONDS = [(0.5, 0.5), (0.5, 0.237, 0.31), (0.02501,)]
 
 
-def choose(backbone, fast, norms=None):
+def choose(backbone, fast):
     """Force one of the ways of computing, or leave it to the device (None)."""
     backbone.fast_convolutions = backbone.fast_positions = fast
-    for module in backbone.modules():
-        if isinstance(module, HalfLayerNorm):
-            module.fast = fast if norms is None else norms
     return backbone
 
 
@@ -81,10 +78,6 @@ def test_the_cpu_and_float32_keep_the_way_of_the_library():
     with torch.autocast("cpu", torch.bfloat16):
         assert not _is_fast(None, torch.ones(1))
     assert not _is_fast(None, torch.ones(1)) and _is_fast(True, torch.ones(1))
-    backbone = small_torchaudio("layer_norm")
-    assert not any(
-        isinstance(module, HalfLayerNorm) for module in backbone.modules()
-    )  # its sum stays in float32
 
 
 def test_adapters_and_hooks_are_not_passed_over():
