@@ -750,6 +750,9 @@ class DualProbe:
                 rows.append((probe, metric, value, low, high))
         return pd.DataFrame(rows, columns=["probe", "metric", "value", "low", "high"])
 
+    def __repr__(self):
+        return f"{self.to_frame().round(3).to_string(index=False)}\n{self.protocol()}"
+
     def _repr_markdown_(self):
         frame = self.to_frame()
         intervals = frame[["value", "low", "high"]].to_numpy()

@@ -725,7 +725,7 @@ def _execute(run, folder, progress=False):
 REMEDIES = {      # patterns of error messages, and what to do
     r"allocate memory|out of memory|MemoryError|bad_alloc":
         "out of memory: lower batch, max_samples or max_seconds, or do fewer runs at once (ACT_JOBS=1)",
-    "|".join(re.escape(os.strerror(number)) for number in DISK_FULL):
+    "|".join(["make room", *(re.escape(os.strerror(number)) for number in DISK_FULL)]):
         "the disk is full: make room, or point ACT_CACHE to a larger one",
 }
 
@@ -757,7 +757,8 @@ def _outcome(run, folder, progress):
     try:
         return _execute(run, folder, progress), True
     except Exception as e:
-        return _failure(e), isinstance(e, ActError)
+        from_outside = not isinstance(e, ActError) or _remedy(str(e)) is not None
+        return _failure(e), not from_outside
 
 # %% ../nbs/api/15_study.ipynb #stu00243
 def _setting(name, otherwise):

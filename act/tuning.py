@@ -945,35 +945,45 @@ def _cpu_has_bf16():
     return bool(_BF16_FLAGS & flags)
 
 # %% ../nbs/api/09_tuning.ipynb #tun22003
-_TIMED_ROWS = 8
-_TIMED_STEPS = 3
+_FIRST_ROWS = 8             # of the steps that tell how long a step takes
+_TIMED_SECONDS = .3         # a step that is timed has as many rows as take about so long
+_TIMED_TURNS = 4
 
 
-def _step_seconds(backbone, x, bf16):
-    """Seconds of the fastest of some training steps on waveforms (B, T), after one that is not timed."""
+def _seconds_of_step(backbone, x, bf16):
+    """Seconds of a training step on waveforms (B, T)."""
     lengths = torch.full((len(x),), x.shape[1])
-    seconds = []
-    for _ in range(1 + _TIMED_STEPS):
-        started = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            z = backbone(x, lengths)
-        if z.requires_grad:
-            z.float().square().mean().backward()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds[1:])
+    started = time.perf_counter()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        z = backbone(x, lengths)
+    if z.requires_grad:
+        z.float().square().mean().backward()
+    return time.perf_counter() - started
 
 
+def _timed_rows(encoder, x):
+    """How many rows are timed: at most those of the encoder's batch, at least those of x (8, T)."""
+    seconds = min(_seconds_of_step(encoder, x, bf16=False) for _ in range(2))
+    rows = round(len(x) * _TIMED_SECONDS / seconds)
+    return max(len(x), min(rows, encoder.batch))
+
+# %% ../nbs/api/09_tuning.ipynb #tun22003b
 def _timed_gain(backbone):
-    """Seconds of a step in float32 over those in mixed bfloat16; 0 if bfloat16 is not possible."""
+    """Seconds of a step in float32 over those in mixed bfloat16, in turns; 0 if bfloat16 is not possible."""
     encoder = _copied(backbone).cpu().train()
     generator = torch.Generator().manual_seed(0)
-    x = .1 * torch.randn(_TIMED_ROWS, encoder.sample_rate, generator=generator)
+    x = .1 * torch.randn(_FIRST_ROWS, encoder.sample_rate, generator=generator)
+    seconds = {False: [], True: []}
     with torch.random.fork_rng([]):
-        whole = _step_seconds(encoder, x, bf16=False)
+        rows = _timed_rows(encoder, x)
+        x = x.repeat(-(-rows // len(x)), 1)[:rows]
         try:
-            return whole / _step_seconds(encoder, x, bf16=True)
+            for bf16 in (False, True) * (1 + _TIMED_TURNS):
+                seconds[bf16].append(_seconds_of_step(encoder, x, bf16))
         except (RuntimeError, TypeError):
             return 0.
+    whole, half = (min(seconds[bf16][1:]) for bf16 in (False, True))    # the first steps allocate
+    return whole / half
 
 # %% ../nbs/api/09_tuning.ipynb #tun22004
 def _gain_identity(backbone):
@@ -986,6 +996,8 @@ def _gain_identity(backbone):
         flags=sorted(_BF16_FLAGS & flags),
         shapes=shapes,
         sample_rate=backbone.sample_rate,
+        rows=backbone.batch,
+        timed=[_TIMED_SECONDS, _TIMED_TURNS],
         code=code_of("act.backbones", *layers),
         libraries=libraries_of(backbone),
         versions=versions())

@@ -14,6 +14,7 @@ SCRIPTS = [
     "fewshot",
     "gpu",
     "losses",
+    "precision",
     "predict",
     "probes",
     "resampling",

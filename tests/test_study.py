@@ -261,6 +261,19 @@ Path(sys.argv[2], 'filler').write_bytes(bytes(shutil.disk_usage(sys.argv[2]).fre
     assert statuses(whole_records(store)) == ["done"] * 3
 
 
+@pytest.mark.parametrize("message, outside", [("the disk is full: make room and run again", True), ("no clips", False)])
+def test_a_full_disk_is_no_error_of_the_run(message, outside, monkeypatch, tmp_path):
+    """Its checkpoint is kept, and the next attempt resumes from it."""
+
+    def failing(*arguments):
+        raise act.core.ActError(message)
+
+    monkeypatch.setattr(study, "_execute", failing)
+    fields, ended = study._outcome(Run("words-4", "log-mel"), tmp_path, False)
+    assert fields["status"] == "failed" and ended is not outside
+    assert fields["error"].startswith("the disk is full: make room, or") is outside
+
+
 def workers_of(pid):
     """The joblib processes below a process."""
     below = []
