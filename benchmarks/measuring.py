@@ -200,7 +200,6 @@ def best_times(works, repeats, device="cpu", clock=wall_time):
     return best, results
 
 
-@functools.cache
 def training_operations(backbone, samples):
     """Floating-point operations that training an encoder takes for one clip of so many samples.
 
@@ -216,6 +215,7 @@ def training_operations(backbone, samples):
     return 3 * counter.get_total_flops()
 
 
+@functools.cache
 def matmul_rate(device, n=8192):
     """Operations per second of a large bf16 matrix product."""
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16)

@@ -52,7 +52,7 @@ def repeated(found, precision, store):
 def method_name(row):
     """The method of a row with what distinguishes it from others."""
     _, _, method, settings = row
-    shown = [f"{name}={value}" for name, value in settings if name not in ("passes", "batch")]
+    shown = [f"{name}={value}" for name, value in settings if name != "passes"]
     return " ".join([method, *shown])
 
 
@@ -86,11 +86,12 @@ def all_records(options, folder):
     if not rows:
         raise SystemExit(f"{options.store} has no row with {LEAST_SEEDS} seeds of {', '.join(options.task)}")
     device = device_name("cpu")
+    store = Store(folder)
     with progress_bar(sum(map(len, rows.values())), "runs") as bar:
         for row, before in rows.items():
             after = []
             for found in before:
-                after.append(repeated(found, options.precision, Store(folder)))
+                after.append(repeated(found, options.precision, store))
                 bar.update()
             yield from records_of(row, before, after, options.precision, device)
 

@@ -304,6 +304,12 @@ def contrastive_loop(clips, seconds, options, precision):
     return loop
 
 
+def step_operations(clips, seconds):
+    """Floating-point operations that a training step of wav2vec2-base needs."""
+    encoder = untrained("wav2vec2-base")
+    return clips * training_operations(encoder, seconds * encoder.sample_rate)
+
+
 def seconds_per_step(loop, steps):
     """A mean over steps that follow each other without waiting for the GPU."""
 
@@ -329,8 +335,7 @@ def of_matrix_rate(options):
         peak = torch.cuda.max_memory_allocated() / 2**30
         name = f"wav2vec2-base/contrastive/{clips}x{seconds}s"
         rate = matmul_rate(torch.device("cuda"))
-        encoder = untrained("wav2vec2-base")
-        operations = clips * training_operations(encoder, seconds * encoder.sample_rate)
+        operations = step_operations(clips, seconds)
         yield record(f"mfu/{name}", device, operations / per_step, rate, "matrix product", "FLOP/s")
         yield record(f"products/{name}", device, products / per_step, rate, "matrix product", "FLOP/s")
         yield record(f"step/{name}", device, clips / per_step)
@@ -342,8 +347,7 @@ def of_matrix_rate(options):
 def preparation(options):
     """Seconds to prepare a batch, against a fifth of an H100's step."""
     for clips, seconds in LONG_AND_SHORT:
-        encoder = untrained("wav2vec2-base")
-        operations = clips * training_operations(encoder, seconds * encoder.sample_rate)
+        operations = step_operations(clips, seconds)
         loop = contrastive_loop(clips, seconds, options, "32-true")
         prepared = seconds_per_call(lambda: loop._prepare(0), "cpu", 3 + options.repeats, warm_up=0)
         h100 = operations / (0.4 * H100_BF16)

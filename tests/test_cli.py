@@ -363,13 +363,17 @@ def test_tuning_says_what_it_chose(act, audio, tmp_path):
     assert "Change of " not in out
 
 
-@pytest.mark.parametrize("name, groups", [("words-8", 1), ("words-8", 2), ("words-8", None), ("words-mix-8", None)])
+@pytest.mark.parametrize(
+    "name, groups", [("words-8", 1), ("words-8", 2), ("words-8", None), ("words-mix-8", None)]
+)
 def test_the_change_by_tuning_is_that_of_the_scores(name, groups):
     """Of one label or several, with one group of test clips, several, or none."""
     task = load_task(name)
     if groups != 2:
         task.groups = None if groups is None else np.full(len(task), "a")
-    before, after = (probe(load_backbone(b), task, progress=False) for b in ("random:speech-embedding", "log-mel"))
+    before, after = (
+        probe(load_backbone(b), task, progress=False) for b in ("random:speech-embedding", "log-mel")
+    )
     metric = "mAP" if task.multilabel else "accuracy"
     for change, ours, theirs in zip(
         cli._changes(task, before, after).values(), (after.linear, after.knn), (before.linear, before.knn)

@@ -261,7 +261,9 @@ Path(sys.argv[2], 'filler').write_bytes(bytes(shutil.disk_usage(sys.argv[2]).fre
     assert statuses(whole_records(store)) == ["done"] * 3
 
 
-@pytest.mark.parametrize("message, outside", [("the disk is full: make room and run again", True), ("no clips", False)])
+@pytest.mark.parametrize(
+    "message, outside", [("the disk is full: make room and run again", True), ("no clips", False)]
+)
 def test_a_full_disk_is_no_error_of_the_run(message, outside, monkeypatch, tmp_path):
     """Its checkpoint is kept, and the next attempt resumes from it."""
 
