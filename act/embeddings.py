@@ -15,6 +15,7 @@ import queue
 import sys
 import threading
 import warnings
+from collections import Counter
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from numbers import Integral, Real
@@ -228,17 +229,29 @@ def _batch_bytes(device):
     return min(usual, FREE_SHARE * free_bytes(device))
 
 # %% ../nbs/api/07_embeddings.ipynb #emb00102b
+def _sides(tensor):
+    """The shape of a tensor, the same for its transpose."""
+    return tuple(sorted(tensor.shape))
+
+
 def _kept_bytes(backbone, x):
-    """Bytes that the graph of a forward pass keeps, besides parameters and buffers."""
+    """Bytes that the graph of a forward pass keeps, besides parameters, their copies and buffers."""
     permanent = set()
     for tensor in (*backbone.parameters(), *backbone.buffers()):
         permanent.add(tensor.untyped_storage().data_ptr())
+    to_copy = Counter(map(_sides, backbone.parameters()))
     kept = {}
 
     def note(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in permanent:
-            kept[storage.data_ptr()] = storage.nbytes()
+        address = storage.data_ptr()
+        if address in permanent or address in kept:
+            return tensor.detach()
+        if tensor.dtype != backbone.dtype and to_copy[_sides(tensor)] > 0:      # cast by autocast
+            to_copy[_sides(tensor)] -= 1
+            permanent.add(address)
+        else:
+            kept[address] = storage.nbytes()
         return tensor.detach()
 
     def restore(tensor):

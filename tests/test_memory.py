@@ -167,6 +167,38 @@ class Spy(Backbone):
         return max(b * t for b, t in shapes), max(b for b, _ in shapes)
 
 
+class Wide(Spy):
+    """Weights (F, 4096) that take far more memory than the frames of a clip."""
+
+    def __init__(self):
+        super().__init__()
+        self.widen = torch.nn.Linear(self.dim, 4096)
+        self.narrow = torch.nn.Linear(4096, self.dim)
+
+    def encode(self, x, lengths):
+        frames, counts = super().encode(x, lengths)
+        return self.narrow(self.widen(frames).relu()), counts
+
+
+def test_copies_of_weights_by_autocast_are_not_counted_for_each_clip():
+    """One batch has one copy; a batch counted as if each clip had its own would be split for nothing."""
+    wide = Wide()
+    with torch.autocast("cpu", torch.bfloat16):
+        samples, kept = embeddings._kept_by_noise(wide, CPU, 1)
+        _, kept_of_ten = embeddings._kept_by_noise(wide, CPU, 10)
+        limit = default_max_samples(wide, CPU)
+    assert kept_of_ten == pytest.approx(10 * kept, rel=0.01)
+    _, kept_in_float32 = embeddings._kept_by_noise(wide, CPU, 1)
+    assert kept < kept_in_float32 and int(limit) == int(embeddings._batch_bytes(CPU) / (kept / samples))
+
+
+def test_in_float32_activations_of_the_shape_of_weights_count():
+    """Eight frames have activations of (8, 4096), which is the shape of the weights; nothing is copied."""
+    wide = Wide()
+    kept = [embeddings._kept_bytes(wide, 0.1 * torch.randn(1, 80 * frames)) for frames in (8, 80)]
+    assert kept[1] == pytest.approx(10 * kept[0], rel=0.01)
+
+
 class Attention(Spy):
     """Frames of 10 ms whose attention weights (F, F) are kept."""
 
