@@ -1646,12 +1646,18 @@ def _parameter_groups(part, peak, weight_decay):
             groups.append(dict(params=parameters, peak=peak, weight_decay=decay))
     return groups
 
+# %% ../nbs/api/09_tuning.ipynb #tun22033
+def _is_dense(parameter):
+    """Whether the values of a parameter fill one block of memory."""
+    return parameter.stride() == torch.empty_like(parameter, device="meta").stride()
+
 
 def _optimiser(model, config, device=torch.device("cpu")):
     """AdamW over the trainable parameters; encoder and head have their own peak learning rates."""
     groups = _parameter_groups(model.backbone, config.lr, config.weight_decay)
     groups += _parameter_groups(model.head, config.head_lr or config.lr, config.weight_decay)
-    fused = device.type == "cuda" and config.precision != "16-mixed"
+    in_one_block = all(_is_dense(p) for group in groups for p in group["params"])
+    fused = device.type in ("cuda", "cpu") and config.precision != "16-mixed" and in_one_block
     return torch.optim.AdamW(groups, lr=config.lr, fused=fused or None)
 
 # %% ../nbs/api/09_tuning.ipynb #tun00037

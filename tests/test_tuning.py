@@ -1112,6 +1112,32 @@ def test_biases_and_norms_do_not_decay():
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
 
 
+def encoder_and_head_after_steps(sliced):
+    """The weights after three steps; with `sliced` the head's weight is part of a larger tensor."""
+    from act.tuning import EncoderWithHead, _optimiser
+
+    torch.manual_seed(0)
+    model = EncoderWithHead(load_backbone("log-mel"), torch.nn.Linear(8, 4))
+    weight = model.head.weight.detach()
+    if sliced:
+        model.head.weight = torch.nn.Parameter(torch.cat([weight, weight], 1)[:, :8])
+    optimiser = _optimiser(model, CONFIG)
+    for _ in range(3):
+        optimiser.zero_grad()
+        model.head(torch.ones(2, 8)).square().sum().backward()
+        optimiser.step()
+    return model.head.weight.detach(), optimiser.defaults["fused"]
+
+
+def test_one_kernel_updates_the_parameters_unless_one_is_part_of_a_larger_tensor():
+    """The kernel takes such a parameter for one block of memory and would write into its neighbours."""
+    usual, fused = encoder_and_head_after_steps(sliced=False)
+    part, fused_in_part = encoder_and_head_after_steps(sliced=True)
+    assert fused and not fused_in_part
+    assert not part.is_contiguous()
+    torch.testing.assert_close(part, usual, rtol=1e-5, atol=1e-7)
+
+
 def test_chance_is_that_of_the_rows_there_are():
     task = load_task("words-4").subset(range(40))
     tuned = tune(load_backbone("log-mel"), task, TuneConfig(passes=2, batch=1024), progress=False)
