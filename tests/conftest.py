@@ -1,11 +1,16 @@
 """Fixtures shared by the tests: where real data is, and a cache that outlives one run."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 REPO = Path(__file__).parents[1]
+
+# `nohup make test &` lets the tests, and every process that they start, ignore Ctrl-C, which they test.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
