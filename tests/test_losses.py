@@ -282,8 +282,7 @@ def test_sharp_temperatures_and_odd_lengths_stay_finite(batch, kind, tau, length
     z, labels = batch
     z[0] = 0
     value, grad = value_and_gradient(lambda z: contrastive_loss(z, labels, kind, tau), z * length)
-    rounding = torch.finfo(torch.float32).eps / tau  # of the largest logit, which the loss takes from itself
-    assert value.isfinite() and value >= -rounding and grad.isfinite().all() and (grad[0] == 0).all()
+    assert value.isfinite() and value >= 0 and grad.isfinite().all() and (grad[0] == 0).all()
 
 
 def test_a_nan_is_not_hidden():

@@ -1112,8 +1112,8 @@ def test_biases_and_norms_do_not_decay():
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
 
 
-def encoder_and_head_after_steps(sliced):
-    """The weights after three steps; with `sliced` the head's weight is part of a larger tensor."""
+def head_after_steps(sliced):
+    """The head's weight after three steps, and whether they were fused; `sliced`: part of a larger tensor."""
     from act.tuning import EncoderWithHead, _optimiser
 
     torch.manual_seed(0)
@@ -1131,8 +1131,8 @@ def encoder_and_head_after_steps(sliced):
 
 def test_one_kernel_updates_the_parameters_unless_one_is_part_of_a_larger_tensor():
     """The kernel takes such a parameter for one block of memory and would write into its neighbours."""
-    usual, fused = encoder_and_head_after_steps(sliced=False)
-    part, fused_in_part = encoder_and_head_after_steps(sliced=True)
+    usual, fused = head_after_steps(sliced=False)
+    part, fused_in_part = head_after_steps(sliced=True)
     assert fused and not fused_in_part
     assert not part.is_contiguous()
     torch.testing.assert_close(part, usual, rtol=1e-5, atol=1e-7)
